@@ -1,0 +1,1 @@
+"""Pure float64 linear algebra of model editing: no model, no tokenizer, no device choice."""
