@@ -86,6 +86,7 @@ def trace(
     outputs: bool = True,
     edit: Mapping[str, EditFn] | None = None,
     stop_at: str | None = None,
+    stop_early: bool = False,
 ) -> Iterator[Trace]:
     """Record (and optionally replace) the hidden states of named modules during forward passes.
 
@@ -93,8 +94,9 @@ def trace(
     inputs:  record the first positional input (for a down projection: the keys).
     outputs: record the output.
     edit:    module path -> function that takes the output hidden state and returns the one to use instead.
-    stop_at: end the forward pass right after this module. The exception that does so leaves the `with` block,
-             so the call of the model has to be its last statement.
+    stop_at: end the forward pass right after this module.
+    stop_early: end it as soon as every recorded module has run. The exception that stops a forward pass leaves
+             the `with` block, so the call of the model has to be its last statement.
 
     Raises ModelError for an unknown module, or a shape-changing edit. Hooks are removed in every case.
     """
@@ -103,6 +105,7 @@ def trace(
     wanted = record | set(edit) | ({stop_at} if stop_at is not None else set())
     found = {name: submodule(model, name) for name in sorted(wanted)}
     seen = Trace()
+    pending = set(record)
 
     def make_hook(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: object):
@@ -117,7 +120,8 @@ def trace(
                 changed = output = with_hidden(output, new)
             if name in record and outputs:
                 seen.output[name] = hidden(output)
-            if name == stop_at:
+            pending.discard(name)
+            if name == stop_at or (stop_early and not pending):
                 raise StopForward(seen)
             return changed
 

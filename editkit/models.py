@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -121,6 +122,18 @@ class Encoding(dict):
         """Column of the last real token of each row, (batch,)."""
         return self.first + self.lengths - 1
 
+    def take(self, rows: Sequence[int]) -> tuple[Encoding, int]:
+        """Some rows, without the columns that are padding in all of them, and how many left columns were cut.
+
+        Column positions found in the whole batch have to be lowered by that number.
+        """
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
+        used = self.attention_mask[index].any(0).nonzero().squeeze(-1)
+        left, right = int(used[0]), int(used[-1]) + 1
+        tensors = {k: v[index, left:right] for k, v in self.items()}
+        offsets = None if self.offsets is None else self.offsets[index, left:right]
+        return Encoding(tensors, [self.texts[i] for i in index.tolist()], offsets, self.padding_side), left
+
     def to(self, device: torch.device | str) -> Encoding:
         """The same batch on another device."""
         tensors = {k: v.to(device) for k, v in self.items()}
@@ -161,12 +174,12 @@ class LM:
     @property
     def d_model(self) -> int:
         """m, width of the residual stream and of the values."""
-        return self._shape(0)[0]
+        return self.weight_shape(0)[0]
 
     @property
     def d_key(self) -> int:
         """d, width of the MLP's hidden layer, i.e. of the keys."""
-        return self._shape(0)[1]
+        return self.weight_shape(0)[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,9 +199,9 @@ class LM:
 
     def check_layer(self, layer: int) -> int:
         """The layer index, if it exists; raises ModelError otherwise (negative indices are refused)."""
-        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < self.n_layers:
+        if not isinstance(layer, Integral) or isinstance(layer, bool) or not 0 <= layer < self.n_layers:
             raise ModelError(f"layer {layer!r} does not exist: {self.name} has layers 0 to {self.n_layers - 1}")
-        return layer
+        return int(layer)
 
     def block_name(self, layer: int) -> str:
         """Module path of a block; its output is the hidden state h^l."""
@@ -243,9 +256,9 @@ class LM:
         Raises NumericsError for a wrong shape, NaN or Inf.
         """
         weight = self.weight(layer)
-        if tuple(W.shape) != self._shape(layer):
+        if tuple(W.shape) != self.weight_shape(layer):
             raise NumericsError(
-                f"layer {layer}: expected a matrix of shape (m, d) = {self._shape(layer)}, got {tuple(W.shape)}; "
+                f"layer {layer}: expected a matrix of shape (m, d) = {self.weight_shape(layer)}, got {tuple(W.shape)}; "
                 "editkit's convention is out x in for every architecture"
             )
         if not torch.isfinite(W).all():
@@ -342,7 +355,8 @@ class LM:
 
     # --- checks --------------------------------------------------------------------------------------------------
 
-    def _shape(self, layer: int) -> tuple[int, int]:
+    def weight_shape(self, layer: int) -> tuple[int, int]:
+        """(m, d) of a down projection."""
         rows, columns = self.weight(layer).shape
         return (columns, rows) if self.spec.orientation == "conv1d" else (rows, columns)
 
@@ -374,9 +388,9 @@ class LM:
                 f"orientation={spec.orientation!r}; correct the ArchSpec"
             )
         width = submodule(model, spec.embed).weight.shape[1]
-        if self._shape(0)[0] != width and not hasattr(model.config, "word_embed_proj_dim"):
+        if self.weight_shape(0)[0] != width and not hasattr(model.config, "word_embed_proj_dim"):
             raise ModelError(
-                f"{self.down_name(0)} maps to width {self._shape(0)[0]}, the residual stream has {width}; "
+                f"{self.down_name(0)} maps to width {self.weight_shape(0)[0]}, the residual stream has {width}; "
                 "ArchSpec.down must name the projection out of the MLP"
             )
 

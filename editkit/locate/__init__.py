@@ -1,0 +1,1 @@
+"""Locating knowledge in a model: keys, target values, contexts and causal tracing."""
