@@ -66,7 +66,8 @@ class StopForward(Exception):
 
 
 class Trace:
-    """What a traced forward pass saw. `output[name]` and `input[name]` are tensors of shape (batch, tokens, width).
+    """What a traced forward pass saw. `output[name]` and `input[name]` are tensors of shape (batch, tokens,
+    width).
 
     A recorded output is the one the rest of the model sees, hence after any edit. Values of a second forward
     pass inside the same `with` overwrite those of the first.
@@ -95,8 +96,8 @@ def trace(
     outputs: record the output.
     edit:    module path -> function that takes the output hidden state and returns the one to use instead.
     stop_at: end the forward pass right after this module.
-    stop_early: end it as soon as every recorded module has run. The exception that stops a forward pass leaves
-             the `with` block, so the call of the model has to be its last statement.
+    stop_early: end it as soon as every recorded module has run. The exception that stops a forward pass
+             leaves the `with` block, so the call of the model has to be its last statement.
 
     Raises ModelError for an unknown module, or a shape-changing edit. Hooks are removed in every case.
     """
@@ -116,7 +117,9 @@ def trace(
                 old = hidden(output)
                 new = edit[name](old)
                 if new.shape != old.shape:
-                    raise ModelError(f"the edit of {name} changed the shape {tuple(old.shape)} to {tuple(new.shape)}")
+                    raise ModelError(
+                        f"the edit of {name} changed the shape {tuple(old.shape)} to {tuple(new.shape)}"
+                    )
                 changed = output = with_hidden(output, new)
             if name in record and outputs:
                 seen.output[name] = hidden(output)

@@ -49,15 +49,16 @@ def find_spans(
     """Encode filled prompts and find the subject's tokens.
 
     prompts: (template, subject) pairs. A template may carry text on both sides of its slot, also a target.
-    Returns the encoding and two LongTensors of shape (n,): column of the first and of the last token that covers
-    a character of the subject. Raises RequestError naming prompt and subject when no token does, ModelError for
-    tokenizers without offsets.
+    Returns the encoding and two LongTensors of shape (n,): column of the first and of the last token that
+    covers a character of the subject. Raises RequestError naming prompt and subject when no token does,
+    ModelError for tokenizers without offsets.
     """
     filled = [subject_characters(template, subject) for template, subject in prompts]
     encoding = lm.encode([text for text, _, _ in filled], padding_side)
     if encoding.offsets is None:
         raise ModelError(
-            f"the tokenizer of {lm.name} gives no character offsets; load the fast one (AutoTokenizer, use_fast=True)"
+            f"the tokenizer of {lm.name} gives no character offsets; load the fast one "
+            "(AutoTokenizer, use_fast=True)"
         )
     begin, end = encoding.offsets.unbind(-1)
     start = torch.tensor([s for _, s, _ in filled], device=begin.device)[:, None]

@@ -1,14 +1,12 @@
-"""Causal language models behind one face: a table of architectures and the class `LM`.
+"""Causal language models behind one face: the class `LM` and `load_lm`.
 
-What differs between architectures (module paths, weight orientation, final norm and head) is one row of
-`ARCHITECTURES`, never an `if` in a method. To add an architecture, write a row and pass it to
-`load_lm(..., spec=row)`; `LM` checks the row against the model at once.
+To use an architecture that is not in the table, write an `ArchSpec` and pass it to `load_lm(..., spec=row)`;
+`LM` checks the row against the model at once.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,124 +19,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .architectures import ARCHITECTURES, ArchSpec
+from .batching import Encoding
 from .errors import EditkitError, ModelError, NumericsError, RequestError
 from .hooks import hidden, submodule
 
 __all__ = ["ARCHITECTURES", "LM", "ArchSpec", "Encoding", "hidden", "load_lm"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ArchSpec:
-    """Where an architecture keeps its parts.
-
-    Paths of block parts are relative to a block, the others to the model. `up` are the projections into the
-    MLP's hidden layer (two for gated MLPs), `down` is the one out of it: its input is the key, its output the
-    value of the MLP seen as a linear associative memory (ROME section 3.1; MEMIT equation 6).
-    orientation: "linear" stores (m, d), "conv1d" stores (d, m) [m value width, d key width].
-    block_output: what a block's forward returns in current transformers (documentation; hooks accept both).
-    """
-
-    model_types: tuple[str, ...]
-    blocks: str
-    mlp: str
-    down: str
-    up: tuple[str, ...]
-    attn: str
-    attn_out: str
-    norm: str
-    head: str
-    embed: str
-    orientation: Literal["linear", "conv1d"]
-    block_output: Literal["tensor", "tuple"]
-
-
-GPT2 = ArchSpec(
-    model_types=("gpt2",),
-    blocks="transformer.h", mlp="mlp", down="mlp.c_proj", up=("mlp.c_fc",), attn="attn", attn_out="attn.c_proj",
-    norm="transformer.ln_f", head="lm_head", embed="transformer.wte", orientation="conv1d", block_output="tensor",
-)  # fmt: skip
-GPTJ = ArchSpec(
-    model_types=("gptj",),
-    blocks="transformer.h", mlp="mlp", down="mlp.fc_out", up=("mlp.fc_in",), attn="attn", attn_out="attn.out_proj",
-    norm="transformer.ln_f", head="lm_head", embed="transformer.wte", orientation="linear", block_output="tuple",
-)  # fmt: skip
-GPT_NEOX = ArchSpec(
-    model_types=("gpt_neox",),
-    blocks="gpt_neox.layers", mlp="mlp", down="mlp.dense_4h_to_h", up=("mlp.dense_h_to_4h",), attn="attention",
-    attn_out="attention.dense", norm="gpt_neox.final_layer_norm", head="lm_head", embed="gpt_neox.embed_in",
-    orientation="linear", block_output="tensor",
-)  # fmt: skip
-LLAMA = ArchSpec(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
-    blocks="model.layers", mlp="mlp", down="mlp.down_proj", up=("mlp.gate_proj", "mlp.up_proj"), attn="self_attn",
-    attn_out="self_attn.o_proj", norm="model.norm", head="lm_head", embed="model.embed_tokens",
-    orientation="linear", block_output="tensor",
-)  # fmt: skip
-
-ARCHITECTURES: dict[str, ArchSpec] = {t: spec for spec in (GPT2, GPTJ, GPT_NEOX, LLAMA) for t in spec.model_types}
-
-# Config values that decide what the weights compute and mean the same in every transformers release; the whole
-# config would tie a fingerprint to one release, because keys with default values come and go.
+# Config values that decide what the weights compute and mean the same in every transformers release; the
+# whole config would tie a fingerprint to one release, because keys with default values come and go.
 _IDENTITY = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
-
-
-class Encoding(dict):
-    """A padded batch, ready for `model(**encoding)`: input_ids, attention_mask, position_ids, each (batch, tokens).
-
-    offsets: LongTensor (batch, tokens, 2), character spans of the tokens in `texts` (0, 0 for padding and
-    special tokens), or None for tokenizers without offsets. padding_side: "left" or "right".
-    """
-
-    def __init__(
-        self, tensors: dict[str, Tensor], texts: Sequence[str], offsets: Tensor | None, padding_side: str
-    ) -> None:
-        super().__init__(tensors)
-        self.texts, self.offsets, self.padding_side = list(texts), offsets, padding_side
-
-    @property
-    def input_ids(self) -> Tensor:
-        return self["input_ids"]
-
-    @property
-    def attention_mask(self) -> Tensor:
-        return self["attention_mask"]
-
-    @property
-    def position_ids(self) -> Tensor:
-        return self["position_ids"]
-
-    @property
-    def lengths(self) -> Tensor:
-        """Number of real tokens of each row, (batch,)."""
-        return self.attention_mask.sum(-1)
-
-    @property
-    def first(self) -> Tensor:
-        """Column of the first real token of each row, (batch,)."""
-        return self.attention_mask.argmax(-1)
-
-    @property
-    def last(self) -> Tensor:
-        """Column of the last real token of each row, (batch,)."""
-        return self.first + self.lengths - 1
-
-    def take(self, rows: Sequence[int]) -> tuple[Encoding, int]:
-        """Some rows, without the columns that are padding in all of them, and how many left columns were cut.
-
-        Column positions found in the whole batch have to be lowered by that number.
-        """
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.input_ids.device)
-        used = self.attention_mask[index].any(0).nonzero().squeeze(-1)
-        left, right = int(used[0]), int(used[-1]) + 1
-        tensors = {k: v[index, left:right] for k, v in self.items()}
-        offsets = None if self.offsets is None else self.offsets[index, left:right]
-        return Encoding(tensors, [self.texts[i] for i in index.tolist()], offsets, self.padding_side), left
-
-    def to(self, device: torch.device | str) -> Encoding:
-        """The same batch on another device."""
-        tensors = {k: v.to(device) for k, v in self.items()}
-        offsets = None if self.offsets is None else self.offsets.to(device)
-        return Encoding(tensors, self.texts, offsets, self.padding_side)
 
 
 class LM:
@@ -150,7 +41,9 @@ class LM:
     Raises ModelError for encoder-decoder, quantised and float16 models, or when the spec does not fit.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer, spec: ArchSpec | None = None, name: str = "") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer, spec: ArchSpec | None = None, name: str = ""
+    ) -> None:
         self.spec = spec if spec is not None else _find_spec(model)
         self.model = model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -164,7 +57,7 @@ class LM:
             f"d_model {self.d_model}, d_key {self.d_key}, {str(self.dtype).removeprefix('torch.')})"
         )
 
-    # --- sizes and names -----------------------------------------------------------------------------------------
+    # --- sizes and names ------------------------------------------------------------------------------------
 
     @property
     def n_layers(self) -> int:
@@ -192,7 +85,7 @@ class LM:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def device(self, layer: int | None = None) -> torch.device:
-        """Device of a block's down projection; without a layer that of the embedding, where inputs must be."""
+        """Device of a block's down projection; without a layer that of the embedding (for inputs)."""
         if layer is None:
             return submodule(self.model, self.spec.embed).weight.device
         return self.weight(layer).device
@@ -200,7 +93,9 @@ class LM:
     def check_layer(self, layer: int) -> int:
         """The layer index, if it exists; raises ModelError otherwise (negative indices are refused)."""
         if not isinstance(layer, Integral) or isinstance(layer, bool) or not 0 <= layer < self.n_layers:
-            raise ModelError(f"layer {layer!r} does not exist: {self.name} has layers 0 to {self.n_layers - 1}")
+            raise ModelError(
+                f"layer {layer!r} does not exist: {self.name} has layers 0 to {self.n_layers - 1}"
+            )
         return int(layer)
 
     def block_name(self, layer: int) -> str:
@@ -224,7 +119,7 @@ class LM:
         """Module path of the token embedding."""
         return self.spec.embed
 
-    # --- weights -------------------------------------------------------------------------------------------------
+    # --- weights --------------------------------------------------------------------------------------------
 
     def weight_name(self, layer: int) -> str:
         """Parameter name of the down projection's weight."""
@@ -239,7 +134,9 @@ class LM:
         path, _, leaf = name.rpartition(".")
         value = getattr(submodule(self.model, path), leaf, None)
         if not isinstance(value, nn.Parameter):
-            raise ModelError(f"{self.name} has no parameter {name!r}; see model.named_parameters() for the names")
+            raise ModelError(
+                f"{self.name} has no parameter {name!r}; see model.named_parameters() for the names"
+            )
         return value
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -258,19 +155,21 @@ class LM:
         weight = self.weight(layer)
         if tuple(W.shape) != self.weight_shape(layer):
             raise NumericsError(
-                f"layer {layer}: expected a matrix of shape (m, d) = {self.weight_shape(layer)}, got {tuple(W.shape)}; "
-                "editkit's convention is out x in for every architecture"
+                f"layer {layer}: expected a matrix (m, d) = {self.weight_shape(layer)}, got "
+                f"{tuple(W.shape)}; editkit's convention is out x in for every architecture"
             )
         if not torch.isfinite(W).all():
-            raise NumericsError(f"layer {layer}: the new weight has NaN or Inf; check the update before writing it")
+            raise NumericsError(
+                f"layer {layer}: the new weight has NaN or Inf; check the update before writing it"
+            )
         with torch.no_grad():
             weight.copy_(self.to_matrix(W))
 
     def fingerprint(self) -> str:
         """sha256 (hex) over architecture, parameter names, shapes, dtypes and values.
 
-        Read from the weights on every call, so that it can never be that of an earlier state of the model. The
-        same weights in another dtype are another model.
+        Read from the weights on every call, so that it can never be that of an earlier state of the model.
+        The same weights in another dtype are another model.
         """
         digest = hashlib.sha256()
         config = {key: getattr(self.model.config, key, None) for key in _IDENTITY}
@@ -281,7 +180,7 @@ class LM:
             digest.update(flat.view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    # --- text and forward passes ---------------------------------------------------------------------------------
+    # --- text and forward passes ----------------------------------------------------------------------------
 
     def encode(
         self,
@@ -300,7 +199,9 @@ class LM:
         if padding_side not in ("left", "right"):
             raise RequestError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         if isinstance(texts, str):
-            raise RequestError(f"expected a list of texts, got the single string {texts!r}; wrap it in a list")
+            raise RequestError(
+                f"expected a list of texts, got the single string {texts!r}; wrap it in a list"
+            )
         if not texts:
             raise RequestError("no texts to encode: the list is empty")
         fast = bool(getattr(self.tokenizer, "is_fast", False))
@@ -321,7 +222,9 @@ class LM:
             if not row:
                 raise RequestError(f"the text {text!r} has no tokens; give a non-empty text")
             if limit is not None and len(row) > limit:
-                raise RequestError(f"a text has {len(row)} tokens, {self.name} allows {limit}: {text[:80]!r}...")
+                raise RequestError(
+                    f"a text has {len(row)} tokens, {self.name} allows {limit}: {text[:80]!r}..."
+                )
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         offsets = torch.zeros(len(rows), width, 2, dtype=torch.long) if fast else None
@@ -336,7 +239,7 @@ class LM:
         return Encoding(tensors, texts, offsets, padding_side).to(self.device())
 
     def forward(self, encoding: Encoding, **kwargs):
-        """The model's output for a batch, without KV cache unless asked for. Gradients follow the caller's mode."""
+        """The model's output for a batch, without KV cache by default; gradients as the caller set them."""
         return self.model(**encoding, **{"use_cache": False, "return_dict": True, **kwargs})
 
     def logits(self, encoding: Encoding) -> Tensor:
@@ -346,14 +249,14 @@ class LM:
     def head(self, h: Tensor) -> Tensor:
         """Logits of hidden states h (..., m): final norm and language-model head, in the model's own dtype.
 
-        Applied to the output of the last block this gives the model's logits; applied to an earlier block it is
-        the "logit lens" that MEMIT's v_loss_layer uses.
+        Applied to the output of the last block this gives the model's logits; applied to an earlier block it
+        is the "logit lens" that MEMIT's v_loss_layer uses.
         """
         norm, head = submodule(self.model, self.spec.norm), submodule(self.model, self.spec.head)
         h = norm(h.to(device=head.weight.device, dtype=head.weight.dtype))
         return head(h)
 
-    # --- checks --------------------------------------------------------------------------------------------------
+    # --- checks ---------------------------------------------------------------------------------------------
 
     def weight_shape(self, layer: int) -> tuple[int, int]:
         """(m, d) of a down projection."""
@@ -371,9 +274,12 @@ class LM:
         block = self.block_name(0)
         for path in (spec.mlp, spec.down, *spec.up, spec.attn, spec.attn_out):
             submodule(model, f"{block}.{path}")
-        if getattr(model.config, "quantization_config", None) is not None or not self.weight(0).is_floating_point():
+        if (
+            getattr(model.config, "quantization_config", None) is not None
+            or not self.weight(0).is_floating_point()
+        ):
             raise ModelError(
-                f"{self.name} is quantised: its weights cannot be edited exactly; load it in float32 or bfloat16"
+                f"{self.name} is quantised and cannot be edited exactly; load it in float32 or bfloat16"
             )
         if self.dtype == torch.float16:
             raise ModelError(
@@ -390,8 +296,8 @@ class LM:
         width = submodule(model, spec.embed).weight.shape[1]
         if self.weight_shape(0)[0] != width and not hasattr(model.config, "word_embed_proj_dim"):
             raise ModelError(
-                f"{self.down_name(0)} maps to width {self.weight_shape(0)[0]}, the residual stream has {width}; "
-                "ArchSpec.down must name the projection out of the MLP"
+                f"{self.down_name(0)} maps to width {self.weight_shape(0)[0]}, the residual stream has "
+                f"{width}; ArchSpec.down must name the projection out of the MLP"
             )
 
     def _set_pad_token(self) -> None:
@@ -401,12 +307,12 @@ class LM:
             tok.pad_token = tok.eos_token or tok.unk_token
         if tok.pad_token_id is None:
             raise ModelError(
-                f"the tokenizer of {self.name} has neither pad, eos nor unk token; set tokenizer.pad_token first"
+                f"the tokenizer of {self.name} has no pad, eos or unk token; set tokenizer.pad_token first"
             )
 
 
 def _short_name(source: str) -> str:
-    """Hub names stay; of a local directory only the last part, so that no machine's paths reach the results."""
+    """Hub names stay; of a local directory only the last part: results must not hold machine paths."""
     path = Path(source)
     return path.resolve().name if source and path.is_dir() else source
 
@@ -437,8 +343,8 @@ def load_lm(
 
     model:     hub name, directory, or a loaded model (kept in its dtype unless `dtype` is given).
     tokenizer: name, directory or object; default: the one stored with the model.
-    dtype:     float32 by default when loading. bfloat16 is possible; edits then keep float32 masters of the edited
-               matrices. float16 is refused.
+    dtype:     float32 by default when loading. bfloat16 is possible; edits then keep float32 masters of the
+               edited matrices. float16 is refused.
     device:    moved there if given, else left where transformers puts it (`device_map` may be passed on).
     spec:      architecture row for model types outside the table.
     kwargs:    passed to `AutoModelForCausalLM.from_pretrained`, e.g. `revision`.
@@ -453,8 +359,8 @@ def load_lm(
             raise
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
-                f"cannot load {source!r} as a causal LM: {error}. Check the name or path; architectures in the table: "
-                f"{', '.join(ARCHITECTURES)}"
+                f"cannot load {source!r} as a causal LM: {error}. Check the name or path; "
+                f"known architectures: {', '.join(ARCHITECTURES)}"
             ) from error
     elif dtype is not None:
         model = model.to(dtype)
@@ -469,5 +375,7 @@ def load_lm(
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot load the tokenizer of {where!r}: {error}; pass tokenizer=...") from error
+            raise ModelError(
+                f"cannot load the tokenizer of {where!r}: {error}; pass tokenizer=..."
+            ) from error
     return LM(model, tokenizer, spec, name=source if isinstance(source, str) else "")

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 def bar(iterable: Iterable[Item], desc: str, *, total: int | None = None, unit: str = "it") -> Iterable[Item]:
     """Wrap an iterable in a plain text progress bar.
 
-    The bar is drawn on terminals only: in notebooks run by papermill and in log files it would leave thousands
-    of lines, so there the iterable passes through silently.
+    The bar is drawn on terminals only: in notebooks run by papermill and in log files it would leave
+    thousands of lines, so there the iterable passes through silently.
     """
     return tqdm(iterable, desc=desc, total=total, unit=unit, disable=None, leave=False)

@@ -1,8 +1,8 @@
 """Second moments of the keys: what a layer's memory is used for already.
 
-C0 = E[k k^T], mean over tokens of a text corpus, uncentred (ROME equation 2 and appendix; MEMIT equation 15 scales
-it by lambda). Streamed under an explicit token budget, because budgets derived from a model's maximum context have
-exhausted memory on long-context models; cached under everything that changes the result.
+C0 = E[k k^T], mean over tokens of a text corpus, uncentred (ROME equation 2 and appendix; MEMIT equation 15
+scales it by lambda). Streamed under an explicit token budget, because budgets derived from a model's maximum
+context have exhausted memory on long-context models; cached under everything that changes the result.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Covariance:
             raise NumericsError(f"a second moment must be a square matrix (d, d), got shape {tuple(C.shape)}")
         if not torch.isfinite(C).all():
             raise NumericsError(
-                "the second moment has NaN or Inf; recompute it in float32 or float64 from a corpus of real texts"
+                "the second moment has NaN or Inf; recompute it in float32 or float64 on a corpus of texts"
             )
         if C.dtype != torch.float64:
             object.__setattr__(self, "C", C.to(torch.float64))
@@ -74,10 +74,14 @@ class Covariance:
         return cls(C.detach().to(torch.float64, copy=True), int(n), dict(provenance or {}))
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write as safetensors (tensor "C", float64) with n and provenance as metadata; whole or not at all."""
+        """Write as safetensors (tensor "C", float64; n and provenance as metadata), whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        meta = {"format": _FORMAT, "n": str(self.n), "provenance": json.dumps(self.provenance, sort_keys=True)}
+        meta = {
+            "format": _FORMAT,
+            "n": str(self.n),
+            "provenance": json.dumps(self.provenance, sort_keys=True),
+        }
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         os.close(handle)
         try:
@@ -97,7 +101,9 @@ class Covariance:
                     raise DataError(f"{path} is not a second moment saved by editkit; recompute it")
                 return cls(file.get_tensor("C"), int(meta["n"]), json.loads(meta["provenance"]))
         except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read the second moment {path}: {error}; delete the file to recompute it") from error
+            raise DataError(
+                f"cannot read the second moment {path}: {error}; delete the file to recompute it"
+            ) from error
 
 
 def text_hash(texts: Sequence[str]) -> str:
@@ -116,7 +122,9 @@ def tokenizer_hash(lm: LM) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _provenance(lm: LM, texts: Sequence[str], tokens_per_batch: int, max_length: int | None, dtype: torch.dtype) -> dict:
+def _provenance(
+    lm: LM, texts: Sequence[str], tokens_per_batch: int, max_length: int | None, dtype: torch.dtype
+) -> dict:
     return {
         "model": lm.name,
         "fingerprint": lm.fingerprint(),
@@ -147,11 +155,11 @@ def second_moment(
 ) -> dict[int, Covariance]:
     """Uncentred second moment of the keys (inputs of the down projections) of some layers over a corpus.
 
-    texts: each is fed on its own, with the tokenizer's special tokens; a text longer than the budget or than the
-           model allows is cut there.
+    texts: each is fed on its own, with the tokenizer's special tokens; a text longer than the budget or than
+           the model allows is cut there.
     tokens_per_batch: upper bound on rows times columns of a forward pass.
-    cache_dir: folder of safetensors, one per layer, named by a hash of model weights, tokenizer, texts, budget and
-           dtype; layers found there are not computed again.
+    cache_dir: folder of safetensors, one per layer, named by a hash of model weights, tokenizer, texts,
+           budget and dtype; layers found there are not computed again.
     dtype: in which products are taken and summed (float32 is faster on accelerators with slow float64, at the
            price of small eigenvalues).
 
@@ -163,7 +171,9 @@ def second_moment(
     if not layers:
         raise ConfigError("second_moment: no layers given")
     if not texts:
-        raise DataError("second_moment: no texts given; pass a corpus, e.g. the sentences the model was trained on")
+        raise DataError(
+            "second_moment: no texts given; pass a corpus, e.g. the sentences the model was trained on"
+        )
     if dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"second_moment: dtype must be float32 or float64, got {dtype}")
     by_length([], tokens_per_batch)  # checks the budget
@@ -179,7 +189,12 @@ def second_moment(
     if missing:
         sums, n = _accumulate(lm, missing, texts, tokens_per_batch, max_length, dtype)
         for layer in missing:
-            about = {**provenance, "layer": layer, "module": lm.down_name(layer), "transformers": transformers.__version__}
+            about = {
+                **provenance,
+                "layer": layer,
+                "module": lm.down_name(layer),
+                "transformers": transformers.__version__,
+            }
             # The product is symmetric up to rounding; make it exactly so.
             C = (sums[layer] + sums[layer].T) / (2 * n)
             done[layer] = Covariance(C.double(), n, about)
@@ -190,11 +205,17 @@ def second_moment(
 
 @torch.no_grad()
 def _accumulate(
-    lm: LM, layers: Sequence[int], texts: list[str], tokens_per_batch: int, max_length: int, dtype: torch.dtype
+    lm: LM,
+    layers: Sequence[int],
+    texts: list[str],
+    tokens_per_batch: int,
+    max_length: int,
+    dtype: torch.dtype,
 ) -> tuple[dict[int, Tensor], int]:
     names = {layer: lm.down_name(layer) for layer in layers}
     sums = {
-        layer: torch.zeros((lm.weight_shape(layer)[1],) * 2, dtype=dtype, device=lm.device(layer)) for layer in layers
+        layer: torch.zeros((lm.weight_shape(layer)[1],) * 2, dtype=dtype, device=lm.device(layer))
+        for layer in layers
     }
     n = 0
     chunks = range(0, len(texts), _CHUNK)

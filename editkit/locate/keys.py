@@ -1,7 +1,7 @@
 """Keys and other states at the lookup token.
 
-A key is the input of the MLP's down projection at the lookup token (ROME equation 3, MEMIT equation 19), averaged
-over context templates. Matrices hold one fact per column.
+A key is the input of the MLP's down projection at the lookup token (ROME equation 3, MEMIT equation 19),
+averaged over context templates. Matrices hold one fact per column.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def read_states(
 ) -> States:
     """Inputs and outputs of named modules at the lookup token of each prompt (no context templates).
 
-    prompts: facts or (template, subject) pairs. inputs, outputs: module paths, see `LM.down_name`, `LM.mlp_name`,
-    `LM.block_name`. One pass serves all modules and ends after the last of them.
+    prompts: facts or (template, subject) pairs. inputs, outputs: module paths, see `LM.down_name`,
+    `LM.mlp_name`, `LM.block_name`. One pass serves all modules and ends after the last of them.
     Returns float64 tensors (width, n). Raises RequestError, ModelError, NumericsError.
     """
     pairs = as_pairs(prompts)
@@ -97,7 +97,9 @@ def read_states(
     found_in: dict[str, list[Tensor]] = {name: [] for name in inputs}
     found_out: dict[str, list[Tensor]] = {name: [] for name in outputs}
     order: list[int] = []
-    for rows, values_in, values_out in _iterate(lm, pairs, inputs, outputs, token, tokens_per_batch, padding_side):
+    for rows, values_in, values_out in _iterate(
+        lm, pairs, inputs, outputs, token, tokens_per_batch, padding_side
+    ):
         order += rows
         for found, values in ((found_in, values_in), (found_out, values_out)):
             for name, value in values.items():
@@ -105,7 +107,9 @@ def read_states(
     back = torch.tensor(order).argsort()  # batches are sorted by length; put the prompts back in their order
 
     def collect(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.cat(parts)[back.to(parts[0].device)].T.contiguous() for name, parts in found.items()}
+        return {
+            name: torch.cat(parts)[back.to(parts[0].device)].T.contiguous() for name, parts in found.items()
+        }
 
     states = States(collect(found_in), collect(found_out))
     _check_finite(states.input, "input")
@@ -134,8 +138,8 @@ def compute_keys(
     contexts: templates around the edit prompt; None is the bare prompt.
     average:  "groups" takes the mean inside each group of contexts, then the mean of the groups (MEMIT);
               "flat" the mean over all contexts (ROME).
-    All layers are read in one pass on the current weights; methods that edit layer after layer call this again
-    before each layer. Raises RequestError, ModelError, NumericsError.
+    All layers are read in one pass on the current weights; methods that edit layer after layer call this
+    again before each layer. Raises RequestError, ModelError, NumericsError.
     """
     pairs = as_pairs(facts)
     if not pairs:
@@ -149,10 +153,14 @@ def compute_keys(
     prompts = [(filled, subject) for template, subject in pairs for filled in contexts.fill(template)]
     per_fact = len(contexts.flat)
     K = {
-        layer: torch.zeros(len(pairs), lm.weight_shape(layer)[1], dtype=torch.float64, device=lm.device(layer))
+        layer: torch.zeros(
+            len(pairs), lm.weight_shape(layer)[1], dtype=torch.float64, device=lm.device(layer)
+        )
         for layer in names
     }
-    for rows, values, _ in _iterate(lm, prompts, list(names.values()), (), token, tokens_per_batch, padding_side):
+    for rows, values, _ in _iterate(
+        lm, prompts, list(names.values()), (), token, tokens_per_batch, padding_side
+    ):
         index = torch.tensor(rows)
         for layer, name in names.items():
             key = values[name].double()
