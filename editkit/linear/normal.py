@@ -53,8 +53,7 @@ def null_projector(C0, threshold: float) -> Projector:
 def as_projector(P, d: int) -> Projector:
     """Projector from a `Projector` or a (d, d) matrix with ``P = P^T = P^2`` (checked to 1e-4, float32 files pass)."""
     if isinstance(P, Projector):
-        U = as_float64(P.U, "U", (d, None))
-        return Projector(U @ U.T, U)
+        return Projector(as_float64(P.P, "P", (d, d)), as_float64(P.U, "U", (d, None)))
     P = as_float64(P, "P", (d, d))
     P = (P + P.T) / 2
     values, vectors = torch.linalg.eigh(P)

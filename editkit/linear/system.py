@@ -85,20 +85,20 @@ class Factor:
     method: str
     condition: float
     rank: int
-    _L: Tensor | None = None        # lower Cholesky factor
+    lower: Tensor | None = None     # Cholesky factor, None for "eigh"
     _U: Tensor | None = None        # eigenvectors of the kept eigenvalues
     _inv: Tensor | None = None      # their reciprocals
 
     def solve(self, B: Tensor) -> Tensor:
         """X (m, d) with ``X C = B`` for B (m, d); C symmetric."""
-        if self._L is not None:
-            return torch.cholesky_solve(B.T, self._L).T
+        if self.lower is not None:
+            return torch.cholesky_solve(B.T, self.lower).T
         return ((B @ self._U) * self._inv) @ self._U.T
 
     def inverse(self) -> Tensor:
         """Symmetric (pseudo-)inverse (d, d)."""
-        if self._L is not None:
-            return torch.cholesky_inverse(self._L)
+        if self.lower is not None:
+            return torch.cholesky_inverse(self.lower)
         return (self._U * self._inv) @ self._U.T
 
 
@@ -135,7 +135,7 @@ def factorize(C: Tensor, name: str = "the Gram matrix", singular: str = "raise")
     if not int(failed):
         condition = _condition(C, L)
         if condition * d * EPS < 1.0:
-            return Factor("cholesky", condition, d, _L=L)
+            return Factor("cholesky", condition, d, lower=L)
     values, vectors = torch.linalg.eigh(C)
     top = float(values.abs().max()) if d else 0.0
     cutoff = d * EPS * top

@@ -1,0 +1,376 @@
+"""Editing as recursive least squares: engines that keep the accumulated Gram matrix solvable, batch after batch.
+
+Each engine holds ``C_t = M_0 + sum_s K_s K_s^T`` in some form and returns the accumulated-constraint step
+``Delta_t C_t = R_t K_t^T - E_{t-1}`` (Labyrinth, Theorem 1 and Algorithm 1; book/labyrinth/derivation.md). All give
+the same update; they differ in cost for d key width, n facts of the batch, N facts so far:
+
+    DirectGram    O(d^3)        a batch, d^2 numbers    re-solves every time: the baseline
+    InverseGram   O(d^2 n)      a batch, 2 d^2 numbers  keeps C^{-1} by Woodbury, re-factorised when it drifts
+    CholeskyGram  O(d^2 n)      a batch, d^2 numbers    keeps the Cholesky factor (cholesky_gram.py)
+    KeysOnly      O(d N n)      a batch, d N numbers    keeps keys only, for N below d (keys_only.py)
+
+Symbols: K (d, n) keys as columns, R (m, n) residuals against the current weights, Delta (m, d), E (m, d).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from editkit.errors import NumericsError
+from editkit.linear.system import as_float64, as_gram, factorize
+
+_DIGEST = 16  # bytes of the hash that remembers a written key
+
+
+class AccumulatedLeastSquares(ABC):
+    """Base of the engines: checks, the record of written keys, add / retire / revise, errors, saving.
+
+    M0: prior, a (d, d) matrix (MEMIT: lam C0) or a scalar ridge with `d`. basis: orthonormal U (d, r) restricts
+    updates to ``Delta = Delta U U^T`` (AlphaEdit); a matrix prior is then restricted to U too. tag: free text naming
+    what the history belongs to (model fingerprint, layer); a saved state is accepted only by an equal tag.
+
+    Raises NumericsError: shapes, NaN/Inf, a prior that is singular where the engine needs its inverse.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, M0, d: int | None = None, *, basis=None, tag: str = ""):
+        prior = as_float64(M0, "M0")
+        self.d = d if d is not None else (prior.shape[0] if prior.ndim == 2 else None)
+        if self.d is None:
+            raise NumericsError("M0 is a scalar; give the key width d as well")
+        self.basis = None if basis is None else as_float64(basis, "basis", (self.d, None))
+        self.rank = self.d if self.basis is None else self.basis.shape[1]
+        if self.basis is not None:
+            prior = as_gram(prior, "M0", self.d) if prior.ndim else prior
+            gap = self.basis.T @ self.basis - torch.eye(self.rank, dtype=prior.dtype, device=self.basis.device)
+            if float(gap.abs().max()) > 1e-8:
+                raise NumericsError("the columns of basis are not orthonormal; use Projector.U of null_projector")
+            prior = self.basis.T @ prior @ self.basis if prior.ndim else prior
+        if prior.ndim == 0 and float(prior) < 0:
+            raise NumericsError(f"M0 is {float(prior):g}; a scalar prior must be >= 0")
+        self._prior = prior if prior.ndim == 0 else as_gram(prior, "M0", self.rank)
+        self.device = prior.device if self.basis is None else self.basis.device
+        self.tag = tag
+        self.steps = 0
+        self._written: Counter[bytes] = Counter()
+        self._start()
+
+    def _M0(self) -> Tensor:
+        """The prior as a fresh (r, r) matrix."""
+        return as_gram(self._prior, "M0", self.rank).to(self.device, copy=True)
+
+    # what an engine provides -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Build the state of ``C_0 = M_0``."""
+
+    @abstractmethod
+    def _absorb(self, K: Tensor, sign: int) -> Tensor:
+        """Replace C by ``C + sign K K^T`` and return ``K^T C_new^{-1}`` (n, r); leave the state alone on failure."""
+
+    @abstractmethod
+    def _solve(self, B: Tensor) -> Tensor:
+        """``B C^{-1}`` for B (m, r)."""
+
+    @abstractmethod
+    def _times(self, X: Tensor) -> Tensor:
+        """``X C`` for X (m, r)."""
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """State to save; `_restore` reads it back."""
+
+    @abstractmethod
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `_tensors`."""
+
+    # what a user calls -----------------------------------------------------------------------------------------
+
+    @property
+    def n_facts(self) -> int:
+        """Number of facts (key columns) in force."""
+        return sum(self._written.values())
+
+    def add(self, K, R, E=None) -> Tensor:
+        """Add facts and return Delta (m, d): ``Delta C_t = R K^T - E`` with ``C_t = C_{t-1} + K K^T``.
+
+        K (d, n), R = V - W_{t-1} K (m, n), E (m, d) the compensation cache of `postprocess.compensate` or None.
+        """
+        K, R = self._batch(K, R)
+        if E is not None:
+            E = as_float64(E, "E", (R.shape[0], self.d))
+        delta = R @ self._absorb(self._to_basis(K.T).T, +1)
+        if E is not None:
+            delta = delta - self._solve(self._to_basis(E))
+        self._written.update(_digests(K))
+        self.steps += 1
+        return self._from_basis(delta)
+
+    def retire(self, K, R) -> Tensor:
+        """Remove facts written before and return Delta (m, d): ``Delta C_t = -R K^T``, ``C_t = C_{t-1} - K K^T``.
+
+        K (d, n) exactly the keys given to `add`, R = V_old - W_{t-1} K (m, n). Raises NumericsError for a key that
+        is not in force.
+        """
+        K, R = self._batch(K, R)
+        keys = self._in_force(K)
+        delta = -R @ self._absorb(self._to_basis(K.T).T, -1)
+        self._written -= keys
+        self.steps += 1
+        return self._from_basis(delta)
+
+    def revise(self, K_old, R_old, K_new, R_new) -> Tensor:
+        """Retire-and-replace (Proposition 3.5): both residuals are against the weights before the call.
+
+        ``Delta C_t = R_new K_new^T - R_old K_old^T``, ``C_t = C_{t-1} - K_old K_old^T + K_new K_new^T``. The new facts
+        are added first, so the Gram matrix never gets smaller than needed.
+        """
+        K_old, R_old = self._batch(K_old, R_old)
+        self._in_force(K_old)
+        first = self.add(K_new, R_new)
+        return first + self.retire(K_old, R_old - first @ K_old)
+
+    def solve(self, B) -> Tensor:
+        """``B C_t^{-1}`` (m, d) for B (m, d), on the basis if there is one."""
+        return self._from_basis(self._solve(self._to_basis(as_float64(B, "B", (None, self.d)))))
+
+    def times(self, X) -> Tensor:
+        """``X C_t`` (m, d) for X (m, d): with X = Q(Delta) - Delta this is the compensation cache E_t."""
+        return self._from_basis(self._times(self._to_basis(as_float64(X, "X", (None, self.d)))))
+
+    def error(self, probes: int | None = 8, seed: int = 0) -> float:
+        """Frobenius norm of ``C^{-1} C - I`` as applied: it bounds the relative error of the next update.
+
+        probes random sign vectors estimate it without bias in its square, O(d^2) each; None measures it, O(d^3).
+        """
+        if probes is None:
+            B = torch.eye(self.rank, dtype=torch.float64)
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            B = torch.randint(0, 2, (probes, self.rank), generator=generator).to(torch.float64) * 2 - 1
+        B = B.to(self.device)
+        gap = self._times(self._solve(B)) - B
+        return float(torch.linalg.vector_norm(gap)) / (1.0 if probes is None else probes**0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"meta": JSON-able description, "tensors": name -> tensor}; continuing from it repeats every bit."""
+        keys = b"".join(sorted(self._written.elements()))
+        written = torch.tensor(list(keys), dtype=torch.uint8).reshape(-1, _DIGEST)
+        return {"meta": self._identity() | {"steps": self.steps},
+                "tensors": {"written": written} | {k: v.clone() for k, v in self._tensors().items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state of an engine of the same kind, prior, basis and tag, else NumericsError names the field."""
+        for field, value in self._identity().items():
+            found = state["meta"].get(field)
+            if found != value:
+                raise NumericsError(f"the saved history has {field} {found!r}, this engine {value!r}: it belongs to "
+                                    "another model, layer or configuration; start a new history or load the right one")
+        rows = bytes(state["tensors"]["written"].reshape(-1).tolist())
+        self._written = Counter(rows[i:i + _DIGEST] for i in range(0, len(rows), _DIGEST))
+        self.steps = int(state["meta"]["steps"])
+        self._restore({k: v.clone().to(self.device) for k, v in state["tensors"].items() if k != "written"})
+
+    # helpers ---------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        content = hashlib.sha256(self._prior.cpu().numpy().tobytes())
+        if self.basis is not None:
+            content.update(self.basis.cpu().contiguous().numpy().tobytes())
+        return {"engine": self.name, "d": self.d, "rank": self.rank, "tag": self.tag, "prior": content.hexdigest()}
+
+    def _batch(self, K, R) -> tuple[Tensor, Tensor]:
+        K = as_float64(K, "K", (self.d, None)).to(self.device)
+        return K, as_float64(R, "R", (None, K.shape[1])).to(self.device)
+
+    def _in_force(self, K: Tensor) -> Counter[bytes]:
+        """Hashes of the columns of K; NumericsError names those that are not in force."""
+        columns = _digests(K)
+        keys = Counter(columns)
+        missing = [i for i, key in enumerate(columns) if keys[key] > self._written[key]]
+        if missing:
+            raise NumericsError(f"columns {missing[:8]} of K were never added (or already retired); pass the keys as "
+                                "stored when they were written, not keys recomputed on the edited model")
+        return keys
+
+    def _to_basis(self, X: Tensor) -> Tensor:
+        X = X.to(self.device)
+        return X if self.basis is None else X @ self.basis
+
+    def _from_basis(self, X: Tensor) -> Tensor:
+        return X if self.basis is None else X @ self.basis.T
+
+
+def _digests(K: Tensor) -> list[bytes]:
+    rows = K.T.contiguous().cpu().numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=_DIGEST).digest() for row in rows]
+
+
+def capacity(K: Tensor, H: Tensor, sign: int) -> Tensor:
+    """Cholesky factor (n, n) of ``I + sign K^T H`` with ``H = C^{-1} K``; refuses to remove what C does not contain."""
+    inner = sign * (K.T @ H)
+    inner = (inner + inner.T) / 2
+    inner.diagonal().add_(1.0)
+    L, failed = torch.linalg.cholesky_ex(inner)
+    if int(failed):
+        raise NumericsError("retiring these keys would make the Gram matrix indefinite: they are not in it, or the "
+                            "prior is too small next to them; raise the prior or rebuild from the remaining keys")
+    return L
+
+
+_BLOCK = 1024  # symmetric matrices below are valid in their lower block triangle only: 60 % of the work of a full one
+
+
+def _blocks(d: int):
+    return ((i, min(i + _BLOCK, d)) for i in range(0, d, _BLOCK))
+
+
+def add_symmetric_(M: Tensor, A: Tensor, B: Tensor) -> None:
+    """In place ``M += A^T B`` for A, B (n, d) with a symmetric product, lower block triangle of M (d, d) only."""
+    for i, j in _blocks(M.shape[0]):
+        M[i:, i:j].addmm_(A[:, i:].T, B[:, i:j])
+
+
+def times_symmetric(X: Tensor, M: Tensor) -> Tensor:
+    """``X M`` (q, d) for X (q, d) and M (d, d) given by its lower block triangle."""
+    out = torch.zeros_like(X)
+    for i, j in _blocks(M.shape[0]):
+        out[:, i:j].addmm_(X[:, i:], M[i:, i:j])
+        out[:, j:].addmm_(X[:, i:j], M[j:, i:j].T)
+    return out
+
+
+def symmetric(M: Tensor) -> Tensor:
+    """Full symmetric matrix from its lower block triangle."""
+    lower = torch.tril(M)
+    return lower + torch.tril(lower, -1).T
+
+
+class DirectGram(AccumulatedLeastSquares):
+    """Keeps C and factorises it at every step, O(d^3): the baseline, and the only engine for a singular prior.
+
+    method "cholesky" (minimum norm where C is singular) or "lu" (general solve, as the released code does).
+    """
+
+    name = "direct"
+
+    def __init__(self, M0, d: int | None = None, *, basis=None, tag: str = "", method: str = "cholesky"):
+        if method not in ("cholesky", "lu"):
+            raise NumericsError(f"method={method!r} is unknown; use 'cholesky' or 'lu'")
+        self.method = method
+        super().__init__(M0, d, basis=basis, tag=tag)
+
+    def _start(self) -> None:
+        self._C = self._M0()
+
+    def _absorb(self, K: Tensor, sign: int) -> Tensor:
+        C = torch.addmm(self._C, K, K.T, alpha=sign)
+        if self.method == "lu":
+            out = torch.linalg.solve(C, K).T
+        else:
+            out = factorize(C, "C_t", "min_norm").solve(K.T)
+        self._C = C
+        return out
+
+    def _solve(self, B: Tensor) -> Tensor:
+        return factorize(self._C, "C_t", "min_norm").solve(B)
+
+    def _times(self, X: Tensor) -> Tensor:
+        return X @ self._C
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"C": self._C}
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        self._C = tensors["C"]
+
+
+class InverseGram(AccumulatedLeastSquares):
+    """Keeps ``Pi = C^{-1}`` by the Woodbury identity, O(d^2 n) a batch.
+
+    With ``H = Pi K`` and ``T = I + s K^T H`` (s = +1 add, -1 retire): ``K^T C_new^{-1} = T^{-1} H^T`` and
+    ``Pi_new = Pi - s Y Y^T`` with ``Y = H T^{-1/2}``, so Pi stays symmetric. Keys are folded into C only when d of them
+    wait (C is needed for checks, re-factorisation and compensation, not for the update).
+
+    Round-off grows with the number of updates and the conditioning, so after every `check_every` batches the error
+    ``||Pi C - I||_F`` is estimated (`error`) and Pi is re-factorised from C, O(d^3), when it exceeds `tolerance`.
+    `refactored` counts those, `last_error` is the latest estimate.
+    """
+
+    name = "inverse"
+
+    def __init__(self, M0, d: int | None = None, *, basis=None, tag: str = "", tolerance: float = 1e-9,
+                 check_every: int = 10):
+        if tolerance <= 0 or check_every < 1:
+            raise NumericsError("tolerance must be > 0 and check_every at least 1")
+        self.tolerance, self.check_every = tolerance, check_every
+        self.refactored, self.last_error = 0, 0.0
+        super().__init__(M0, d, basis=basis, tag=tag)
+
+    def _start(self) -> None:
+        self._C = self._M0()
+        self._Pi = factorize(self._C, "M0").inverse()
+        self._waiting: list[tuple[int, Tensor]] = []        # sign and keys (n, d) not yet in C
+        self._since = 0
+
+    def _absorb(self, K: Tensor, sign: int) -> Tensor:
+        keys = K.T.contiguous()
+        H = times_symmetric(keys, self._Pi)                                  # K^T C^{-1}
+        L = capacity(K, H.T, sign)
+        Y = torch.linalg.solve_triangular(L, H, upper=False)
+        add_symmetric_(self._Pi, Y * -sign, Y)
+        self._waiting.append((sign, keys))
+        if sum(len(keys) for _, keys in self._waiting) >= self.rank:
+            self._fold()
+        self._since += 1
+        if self._since >= self.check_every:
+            self._since, self.last_error = 0, self.error(probes=4, seed=self.steps)
+            if not self.last_error <= self.tolerance:
+                self.refactor()
+                return times_symmetric(keys, self._Pi)
+        return torch.linalg.solve_triangular(L.T, Y, upper=True)
+
+    def _fold(self) -> None:
+        if self._waiting:
+            keys = torch.cat([keys for _, keys in self._waiting])
+            signed = torch.cat([sign * keys for sign, keys in self._waiting])
+            add_symmetric_(self._C, signed, keys)
+            self._waiting = []
+
+    def refactor(self) -> float:
+        """Recompute Pi from C, O(d^3), and return the error that remains (estimate)."""
+        self._fold()
+        self._Pi = factorize(symmetric(self._C), "C_t").inverse()
+        self.refactored += 1
+        self.last_error = self.error(probes=4, seed=self.steps)
+        return self.last_error
+
+    def _solve(self, B: Tensor) -> Tensor:
+        return times_symmetric(B, self._Pi)
+
+    def _times(self, X: Tensor) -> Tensor:
+        out = times_symmetric(X, self._C)
+        for sign, keys in self._waiting:
+            out.addmm_(X @ keys.T, keys, alpha=sign)
+        return out
+
+    def _tensors(self) -> dict[str, Tensor]:
+        counts = torch.tensor([self._since, self.refactored], dtype=torch.int64)
+        keys = torch.cat([self._C.new_zeros(0, self.rank)] + [keys for _, keys in self._waiting])
+        batches = torch.tensor([[sign, len(keys)] for sign, keys in self._waiting], dtype=torch.int64).reshape(-1, 2)
+        return {"C": self._C, "Pi": self._Pi, "waiting": keys, "batches": batches, "counts": counts}
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        self._C, self._Pi = tensors["C"], tensors["Pi"]
+        batches = tensors["batches"].tolist()
+        chunks = tensors["waiting"].split([n for _, n in batches])
+        self._waiting = [(sign, keys) for (sign, _), keys in zip(batches, chunks)]
+        self._since, self.refactored = (int(x) for x in tensors["counts"])
