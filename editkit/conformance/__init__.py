@@ -13,6 +13,16 @@ from .case import CannotHandle, Case, Comparison, adapter, compare, compare_equa
 from .runner import Outcome, discover, find_cases, run, run_case
 
 __all__ = [
-    "CannotHandle", "Case", "Comparison", "Outcome", "adapter", "compare", "compare_equal", "discover",
-    "find_cases", "registered", "run", "run_case",
+    "CannotHandle",
+    "Case",
+    "Comparison",
+    "Outcome",
+    "adapter",
+    "compare",
+    "compare_equal",
+    "discover",
+    "find_cases",
+    "registered",
+    "run",
+    "run_case",
 ]

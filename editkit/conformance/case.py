@@ -1,7 +1,8 @@
 """Recorded cases, comparisons and the registry of adapters.
 
-A case is a folder with `case.json` (inputs, hyper-parameters, small outputs) and `arrays.npz` (recorded arrays).
-Which adapter compares it is decided by the content of case.json (its `method` field), never by a folder name.
+A case is a folder with `case.json` (inputs, hyper-parameters, small outputs) and `arrays.npz` (recorded
+arrays). Which adapter compares it is decided by the content of case.json (its `method` field), never by a
+folder name.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ MODELS = "models"
 
 
 class CannotHandle(DataError):
-    """This case cannot be compared here (no adapter, missing files); it is skipped and named with the message."""
+    """This case cannot be compared here (no adapter, missing files); it is skipped, named with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,9 @@ def _array(value) -> np.ndarray:
     return np.asarray(value)
 
 
-def compare(name: str, ours, recorded, tolerance: float, *, relative: bool = False, note: str = "") -> Comparison:
+def compare(
+    name: str, ours, recorded, tolerance: float, *, relative: bool = False, note: str = ""
+) -> Comparison:
     """Largest absolute difference of two arrays (tensors, lists, numbers) of equal shape.
 
     relative: divide by the largest absolute recorded value (by 1 if that is zero).
@@ -84,7 +88,9 @@ def compare_equal(name: str, ours, recorded, note: str = "") -> Comparison:
 
 
 class LazyArrays(Mapping):
-    """Read-only view of arrays.npz that loads an array when asked for and remembers which ones were asked for."""
+    """Read-only view of arrays.npz that loads an array when asked for and remembers which ones were asked
+    for.
+    """
 
     def __init__(self, path: Path):
         self._path, self._file, self.used = path, None, set()
@@ -93,7 +99,10 @@ class LazyArrays(Mapping):
         if self._file is None:
             if not self._path.is_file():
                 raise CannotHandle(f"missing file {self._path.name}")
-            self._file = np.load(self._path, allow_pickle=False)
+            try:
+                self._file = np.load(self._path, allow_pickle=False)
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise CannotHandle(f"{self._path.name} cannot be read: {error}") from None
         return self._file
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -146,10 +155,12 @@ class Case:
 
     @property
     def dtype(self):
-        """torch dtype the recorded model ran in: float64 if the recorded weights are float64, else float32."""
+        """torch dtype of the recorded run: float64 if the recorded weights are float64, else float32."""
         import torch
 
-        weights = [v[0] for k, v in self.data.get("arrays", {}).items() if k.startswith(("W0", "W_", "b0_W_"))]
+        weights = [
+            v[0] for k, v in self.data.get("arrays", {}).items() if k.startswith(("W0", "W_", "b0_W_"))
+        ]
         return torch.float64 if weights and all(w == "float64" for w in weights) else torch.float32
 
     @property
@@ -165,7 +176,8 @@ class Case:
         raise CannotHandle(f"model {name!r} not found below {', '.join(str(r) for r in roots)}")
 
     def load_model(self, dtype=None):
-        """A fresh `editkit.models.LM` of the recorded model on the CPU, in `dtype` (default: the case's dtype).
+        """A fresh `editkit.models.LM` of the recorded model on the CPU, in `dtype` (default: the case's
+        dtype).
 
         The recordings set the padding token to `pad_token` of case.json, or to the end-of-sequence token.
         """
@@ -179,7 +191,7 @@ class Case:
         return load_lm(model, tokenizer)
 
     def covariance(self, layer: int) -> np.ndarray:
-        """Recorded uncentred second moment (d, d) of a layer: from the case's arrays, else from the model's cov.npz."""
+        """Recorded second moment (d, d) of a layer: from the case's arrays, else from the model's cov.npz."""
         name = f"cov_{layer}"
         if name in self.arrays:
             return self.arrays[name]
@@ -210,8 +222,13 @@ def adapter(*methods: str) -> Callable[[Adapter], Adapter]:
     def register(function: Adapter) -> Adapter:
         for method in methods:
             known = _ADAPTERS.get(method)
-            if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
-                raise ConfigError(f"two adapters for method {method!r}: {known.__module__} and {function.__module__}")
+            if known is not None and (known.__module__, known.__qualname__) != (
+                function.__module__,
+                function.__qualname__,
+            ):
+                raise ConfigError(
+                    f"two adapters for method {method!r}: {known.__module__} and {function.__module__}"
+                )
             _ADAPTERS[method] = function
         return function
 

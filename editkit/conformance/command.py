@@ -11,7 +11,9 @@ from . import runner
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
-    """Add the subcommand; its `func(args) -> int` returns 1 if a case failed, else 0 (2: DIR is not a folder)."""
+    """Add the subcommand; its `func(args) -> int` returns 1 if a case failed, else 0 (2: DIR is not a
+    folder).
+    """
     parser = subparsers.add_parser(
         "conformance",
         help="compare with recorded runs of the official implementations",
