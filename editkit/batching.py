@@ -63,6 +63,13 @@ class Encoding(dict):
         offsets = None if self.offsets is None else self.offsets[index, left:right]
         return Encoding(tensors, [self.texts[i] for i in index.tolist()], offsets, self.padding_side), left
 
+    def select(self, rows: Tensor) -> Encoding:
+        """Rows in any order and number, with all columns."""
+        index = rows.to(self.input_ids.device)
+        tensors = {k: v[index] for k, v in self.items()}
+        offsets = None if self.offsets is None else self.offsets[index]
+        return Encoding(tensors, [self.texts[i] for i in index.tolist()], offsets, self.padding_side)
+
     def to(self, device: torch.device | str) -> Encoding:
         """The same batch on another device."""
         tensors = {k: v.to(device) for k, v in self.items()}

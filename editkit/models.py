@@ -129,6 +129,10 @@ class LM:
         """The down projection's weight in the model's own orientation."""
         return submodule(self.model, self.down_name(layer)).weight
 
+    def embeddings(self) -> Tensor:
+        """The token embedding matrix, (vocabulary, m), detached."""
+        return submodule(self.model, self.spec.embed).weight.detach()
+
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter by name; raises ModelError if there is none."""
         path, _, leaf = name.rpartition(".")
