@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import hashlib
 import re
 import string
@@ -15,6 +14,7 @@ import pandas as pd
 import torch
 from nltk.tokenize.destructive import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ..errors import ConfigError, DataError, RequestError
 from ..facts import Fact
@@ -27,8 +27,7 @@ _FLUENCY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
 def words(text: str) -> list[str]:
-    """Word tokens: nltk's `word_tokenize` with an untrained Punkt sentence splitter (it needs no download).
-    """
+    """Word tokens: nltk's `word_tokenize` with an untrained Punkt sentence splitter (no download)."""
     tokenizer = NLTKWordTokenizer()
     return [w for sentence in PunktSentenceTokenizer().tokenize(text) for w in tokenizer.tokenize(sentence)]
 
@@ -62,49 +61,42 @@ def ngram_entropy(text: str) -> float:
     return total / len(_FLUENCY_WEIGHTS)
 
 
-@dataclasses.dataclass(frozen=True)
 class TfIdf:
-    """TF-IDF weights: vocabulary word -> column, idf (columns,). `tfidf_vocab.json` and `idf.npy` of ROME fit
-    in.
+    """TF-IDF weighting of lower-cased words of two letters or more: scikit-learn's, as in ROME's code.
 
-    Words are lower-cased runs of at least two word characters, as in scikit-learn's TfidfVectorizer.
+    vocabulary: word -> column; idf: (columns,) weights. ROME's `tfidf_vocab.json` and `idf.npy` fit in; `fit`
+    makes them from texts. Raises DataError if the two do not belong together.
     """
 
-    vocabulary: Mapping[str, int]
-    idf: np.ndarray
-
-    def __post_init__(self):
-        if sorted(self.vocabulary.values()) != list(range(len(self.idf))):
-            raise DataError(
-                f"TF-IDF vocabulary of {len(self.vocabulary)} words does not fit {len(self.idf)} weights"
-            )
-
-    @staticmethod
-    def split(text: str) -> list[str]:
-        return re.findall(r"\b\w\w+\b", text.lower())
+    def __init__(self, vocabulary: Mapping[str, int], idf: np.ndarray) -> None:
+        self._vectorizer = TfidfVectorizer(vocabulary=dict(vocabulary))
+        try:
+            self._vectorizer.idf_ = np.asarray(idf, dtype=np.float64)
+        except ValueError as error:
+            sizes = f"{np.shape(idf)} TF-IDF weights for {len(vocabulary)} words"
+            raise DataError(f"{sizes} do not fit together: {error}") from None
 
     @classmethod
     def fit(cls, texts: Sequence[str]) -> TfIdf:
         """Smoothed weights ln((1 + N) / (1 + df)) + 1 over N texts. Raises DataError if they hold no word."""
-        found = collections.Counter(w for text in texts for w in set(cls.split(text)))
-        if not found:
-            raise DataError("no words to fit TF-IDF weights on; give non-empty reference texts")
-        vocabulary = {w: i for i, w in enumerate(sorted(found))}
-        df = np.array([found[w] for w in vocabulary], dtype=float)
-        return cls(vocabulary, np.log((1 + len(texts)) / (1 + df)) + 1)
+        try:
+            fitted = TfidfVectorizer().fit(texts)
+        except ValueError as error:
+            raise DataError(f"no TF-IDF weights from these reference texts: {error}") from None
+        return cls(fitted.vocabulary_, fitted.idf_)
 
-    def vector(self, text: str) -> np.ndarray:
-        """Weighted counts, length 1 (zeros if no word is in the vocabulary)."""
-        vector = np.zeros(len(self.idf))
-        for word in self.split(text):
-            if word in self.vocabulary:
-                vector[self.vocabulary[word]] += 1
-        vector *= self.idf
-        return vector / (np.linalg.norm(vector) or 1.0)
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        return self._vectorizer.vocabulary_
+
+    @property
+    def idf(self) -> np.ndarray:
+        return self._vectorizer.idf_
 
     def similarity(self, a: str, b: str) -> float:
-        """Cosine of the two texts' vectors (the consistency score of ROME; tables report it times 100)."""
-        return float(self.vector(a) @ self.vector(b))
+        """Cosine of two texts' weighted counts (ROME's consistency, reported times 100); 0 without words."""
+        x, y = self._vectorizer.transform([a, b])
+        return float((x @ y.T).sum())
 
 
 @torch.no_grad()
