@@ -1,4 +1,4 @@
-"""Engine that keeps the Cholesky factor of the accumulated Gram matrix and updates or down-dates it blockwise."""
+"""Engine that keeps the Cholesky factor of the accumulated Gram matrix, updated and down-dated by blocks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from editkit.linear.system import factorize
 
 
 class CholeskyGram(AccumulatedLeastSquares):
-    """Keeps L with ``C = L L^T`` only: O(d^2 n) a batch and backward stable for additions, so nothing to re-factorise.
+    """Keeps L with ``C = L L^T`` only: O(d^2 n) a batch and backward stable for additions, so nothing to
+    re-factorise.
 
-    ``C_new = L L^T + s K K^T`` is factorised by columns of blocks (Bennett 1965, method C1 of Gill et al. 1974):
-    with Z = L^{-1} K and M the (n, n) matrix of what is left, M_0 = I,
+    ``C_new = L L^T + s K K^T`` is factorised by columns of blocks (Bennett 1965, method C1 of Gill et al.
+    1974): with Z = L^{-1} K and M the (n, n) matrix of what is left, M_0 = I,
 
         N_b N_b^T = L_bb L_bb^T + s K_b M K_b^T,   K_r <- K_r - L_rb Z_b,
         N_rb = L_rb L_bb^{-1} N_b + s K_r M K_b^T N_b^{-T},   M^{-1} <- M^{-1} + s Z_b^T Z_b.
@@ -51,12 +52,12 @@ class CholeskyGram(AccumulatedLeastSquares):
             MK = torch.cholesky_solve(K_b.T, torch.linalg.cholesky(T))     # M K_b^T, (n, b)
             N, failed = torch.linalg.cholesky_ex(L_bb @ L_bb.T + sign * (K_b @ MK))
             if int(failed):
-                raise NumericsError("the down-date lost positive definiteness to round-off; raise the prior or rebuild "
-                                    "the engine from the remaining keys")
+                raise NumericsError("the down-date lost positive definiteness to round-off; raise the prior "
+                                    "or rebuild the engine from the remaining keys")
             if j < self.rank:
                 rest[j:] -= L[j:, i:j] @ Z_b
-                ratio = torch.linalg.solve_triangular(L_bb, N, upper=False)                      # L_bb^{-1} N
-                gain = torch.linalg.solve_triangular(N, MK.T, upper=False).T                     # M K_b^T N^{-T}
+                ratio = torch.linalg.solve_triangular(L_bb, N, upper=False)               # L_bb^{-1} N
+                gain = torch.linalg.solve_triangular(N, MK.T, upper=False).T              # M K_b^T N^{-T}
                 L[j:, i:j] = L[j:, i:j] @ ratio + sign * (rest[j:] @ gain)
             L[i:j, i:j] = N
             T = T + sign * (Z_b.T @ Z_b)

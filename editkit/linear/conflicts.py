@@ -1,9 +1,12 @@
 """Conflicting edits (Proposition 3.5): a fact is written again with another value.
 
-The right one-time problem holds the latest value only, so the old pair leaves the constraint set when the new one
-enters: ``Delta_t C_t = R_t K_t^T - (V_O - W_{t-1} K_O) K_O^T`` with ``C_t = C_{t-1} - K_O K_O^T + K_t K_t^T``.
-For a literally equal key C does not change and ``Delta_t C_{t-1} = (V_t - V_O) K_t^T``: only the value difference is
-written. Shapes: K (d, n), V (m, n), W and Delta (m, d).
+The right one-time problem holds the latest value only, so the old pair leaves the constraint set when the new
+one enters:
+
+    Delta_t C_t = R_t K_t^T - (V_O - W_{t-1} K_O) K_O^T,    C_t = C_{t-1} - K_O K_O^T + K_t K_t^T
+
+For a literally equal key C does not change and ``Delta_t C_{t-1} = (V_t - V_O) K_t^T``: only the value
+difference is written. Shapes: K (d, n), V (m, n), W and Delta (m, d).
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ POLICIES = ("replace", "append", "refuse")
 def retire_replace(K_old, V_old, K_new, V_new, W, C_prev) -> tuple[Tensor, Tensor]:
     """Closed form of Proposition 3.5; returns Delta (m, d) and the new Gram matrix C_t (d, d).
 
-    K_old (d, n_o), V_old (m, n_o) the pairs to retire as they were written, K_new (d, n), V_new (m, n) their successors
-    (any number), W (m, d) the current weights, C_prev (d, d) = M_0 + sum of all pairs in force.
+    K_old (d, n_o), V_old (m, n_o) the pairs to retire as they were written, K_new (d, n), V_new (m, n) their
+    successors (any number), W (m, d) the current weights, C_prev (d, d) = M_0 + sum of all pairs in force.
 
     Raises NumericsError: C_t is not positive definite, i.e. a retired pair was never written.
     """
@@ -43,9 +46,10 @@ def retire_replace(K_old, V_old, K_new, V_new, W, C_prev) -> tuple[Tensor, Tenso
 class EditStream:
     """A stream of keyed facts on one matrix: which pairs are in force, what happens when a fact comes again.
 
-    engine: any `AccumulatedLeastSquares`. policy "replace" (retire the old pair, write the new one), "append" (keep
-    both; the fit tends to the mean of all values), "refuse" (RequestError). cosine: when given, a stored key with a
-    cosine above it is treated as the same fact even under another id (0.999 is a sensible value).
+    engine: any `AccumulatedLeastSquares`. policy "replace" (retire the old pair, write the new one), "append"
+    (keep both; the fit tends to the mean of all values), "refuse" (RequestError). cosine: when given, a
+    stored key with a cosine above it is treated as the same fact even under another id (0.999 is a sensible
+    value).
 
     Facts carry a hashable id such as (subject, relation). Stored per fact: d + m numbers.
     """
@@ -72,9 +76,11 @@ class EditStream:
     def write(self, ids: Sequence[Hashable], K, V, W) -> Tensor:
         """Write facts under the policy and return Delta (m, d).
 
-        ids n distinct ids, K (d, n), V (m, n) absolute targets, W (m, d) the current weights (all earlier Deltas in).
+        ids n distinct ids, K (d, n), V (m, n) absolute targets, W (m, d) the current weights (all earlier
+        Deltas in).
 
-        Raises RequestError: an id twice in the batch, or a conflict under policy "refuse" (nothing is changed).
+        Raises RequestError: an id twice in the batch, or a conflict under policy "refuse" (nothing is
+        changed).
         """
         W = as_float64(W, "W", (None, self.engine.d))
         K = as_float64(K, "K", (self.engine.d, len(ids))).to(W.device)
@@ -84,8 +90,8 @@ class EditStream:
             raise RequestError(f"fact {twice!r} occurs twice in one batch; keep its latest value only")
         old = self._conflicts(ids, K) if self.policy != "append" else []
         if old and self.policy == "refuse":
-            raise RequestError(f"{len(old)} facts are already written, first {old[0]!r}; drop them from the batch or "
-                               "use policy='replace'")
+            raise RequestError(f"{len(old)} facts are already written, first {old[0]!r}; drop them from the "
+                               "batch or use policy='replace'")
         R = V - W @ K
         if old:
             K_old, V_old = self._collect(old)
@@ -99,7 +105,10 @@ class EditStream:
         return delta
 
     def retire(self, ids: Sequence[Hashable], W) -> Tensor:
-        """Take facts back without a successor; returns Delta (m, d). NumericsError names ids never written."""
+        """Take facts back without a successor; returns Delta (m, d).
+
+        Raises NumericsError for an id that was never written.
+        """
         W = as_float64(W, "W", (None, self.engine.d))
         missing = [i for i in ids if i not in self.pairs]
         if missing:
@@ -116,7 +125,7 @@ class EditStream:
         return torch.stack([k for k, _ in pairs], dim=1), torch.stack([v for _, v in pairs], dim=1)
 
     def constraints(self) -> tuple[list[Hashable], Tensor, Tensor]:
-        """All pairs in force: ids (N), K (d, N), V (m, N). The one-time solution on them is what the stream equals."""
+        """All pairs in force: ids (N), K (d, N), V (m, N); the stream equals their one-time solution."""
         if not self.pairs:
             raise NumericsError("no fact is in force; write one first")
         ids = [i for i, pairs in self.pairs.items() for _ in pairs]

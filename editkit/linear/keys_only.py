@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from editkit.errors import NumericsError
-from editkit.linear.recursive import AccumulatedLeastSquares
+from editkit.linear.recursive import AccumulatedLeastSquares, capacity
 from editkit.linear.system import factorize
 
 
 class KeysOnly(AccumulatedLeastSquares):
     """Keeps the keys ``K`` (d, N), ``Y = M0^{-1} K`` and the Cholesky factor of ``T = I + K^T Y`` (N, N).
 
-    ``C^{-1} = M0^{-1} - Y T^{-1} Y^T``. For a scalar prior nothing of size d^2 exists (AlphaEdit in its basis, ridge
-    MEMIT). Retiring a fact deletes its column, which is exact; the factor of T is then rebuilt, O(N^3). Worth it while
-    N stays below d.
+    ``C^{-1} = M0^{-1} - Y T^{-1} Y^T``. For a scalar prior nothing of size d^2 exists (AlphaEdit in its
+    basis, ridge MEMIT). Retiring a fact deletes its column, which is exact; the factor of T is then rebuilt,
+    O(N^3). Worth it while N stays below d.
     """
 
     name = "keys"
@@ -43,15 +43,14 @@ class KeysOnly(AccumulatedLeastSquares):
                 gaps = torch.where(keep, (self._K - k[:, None]).abs().amax(dim=0), torch.inf)
                 j = int(gaps.argmin()) if gaps.numel() else -1
                 if j < 0 or not float(gaps[j]) <= 1e-12 * float(k.abs().max()):
-                    raise NumericsError("a retired key is not among the stored ones; pass the keys as they were added")
+                    raise NumericsError("a retired key is not among the stored ones; pass the keys as added")
                 keep[j] = False
             self._set(self._K[:, keep])
             return self._solve(K.T)
         Y = self._inv(K.T).T
-        F = torch.linalg.solve_triangular(self._L, self._K.T @ Y, upper=False)                      # (N, n)
-        H = Y - self._Y @ torch.linalg.solve_triangular(self._L.T, F, upper=True)                   # C^{-1} K
-        corner = K.T @ Y - F.T @ F
-        corner = torch.linalg.cholesky((corner + corner.T) / 2 + torch.eye(K.shape[1], dtype=K.dtype, device=K.device))
+        F = torch.linalg.solve_triangular(self._L, self._K.T @ Y, upper=False)          # (N, n)
+        H = Y - self._Y @ torch.linalg.solve_triangular(self._L.T, F, upper=True)       # C^{-1} K
+        corner = capacity(K, H, +1)
         top = torch.cat([self._L, self._L.new_zeros(self._L.shape[0], K.shape[1])], dim=1)
         self._L = torch.cat([top, torch.cat([F.T, corner], dim=1)])
         self._K, self._Y = torch.cat([self._K, K], dim=1), torch.cat([self._Y, Y], dim=1)

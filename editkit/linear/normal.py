@@ -1,7 +1,7 @@
-"""Normal equations of locate-then-edit methods: ROME, MEMIT, AlphaEdit and the one-time solution. Float64, no model.
+"""Normal equations of ROME, MEMIT, AlphaEdit and the one-time solution. Float64, no model.
 
-Sources: ROME (Meng et al. 2022, eq. 2); MEMIT (Meng et al. 2023, eq. 14); AlphaEdit (Fang et al. 2025, eq. 15);
-The Labyrinth and the Thread (arXiv 2605.26670), whose results the chapter book/labyrinth/derivation.md proves.
+Sources: ROME (Meng et al. 2022), MEMIT (Meng et al. 2023), AlphaEdit (Fang et al. 2025), The Labyrinth and
+the Thread (arXiv 2605.26670); the chapter book/labyrinth/derivation.md proves what is used here.
 
 Symbols: d key width, m value width, n facts of the batch, W (m, d), K (d, n), V and R = V - W K (m, n),
 C0 (d, d) mean over tokens of k k^T, S (d, d) sum of k k^T over earlier facts, Delta (m, d) is added to W.
@@ -33,7 +33,7 @@ class Projector(NamedTuple):
 
 
 def null_projector(C0, threshold: float) -> Projector:
-    """Projector on the eigenvectors of C0 (d, d) whose eigenvalue is strictly below `threshold` (AlphaEdit, sec. 3.1).
+    """Projector on the eigenvectors of C0 (d, d) with eigenvalue strictly below `threshold` (AlphaEdit).
 
     The threshold is absolute, so the rank depends on the scale of the activations: log it.
 
@@ -42,7 +42,8 @@ def null_projector(C0, threshold: float) -> Projector:
     C0 = as_gram(C0, "C0")
     values, vectors = torch.linalg.eigh(C0)
     if float(values[0]) < -1e-6 * float(values[-1]):
-        raise NumericsError(f"C0 has the negative eigenvalue {float(values[0]):.3g}; a second moment cannot: recompute it")
+        raise NumericsError(f"C0 has the negative eigenvalue {float(values[0]):.3g}; a second moment has "
+                            "none: recompute it")
     U = vectors[:, values < threshold]
     if U.shape[1] == 0:
         raise NumericsError(f"no eigenvalue of C0 is below {threshold:g} (smallest {float(values[0]):.3g}); "
@@ -51,7 +52,8 @@ def null_projector(C0, threshold: float) -> Projector:
 
 
 def as_projector(P, d: int) -> Projector:
-    """Projector from a `Projector` or a (d, d) matrix with ``P = P^T = P^2`` (checked to 1e-4, float32 files pass)."""
+    """Projector from a `Projector` or a (d, d) matrix with ``P = P^T = P^2`` up to 1e-4 (float32 files
+    pass)."""
     if isinstance(P, Projector):
         return Projector(as_float64(P.P, "P", (d, d)), as_float64(P.U, "U", (d, None)))
     P = as_float64(P, "P", (d, d))
@@ -59,8 +61,8 @@ def as_projector(P, d: int) -> Projector:
     values, vectors = torch.linalg.eigh(P)
     off = torch.minimum(values.abs(), (values - 1).abs()).max()
     if float(off) > 1e-4:
-        raise NumericsError(f"P is not an orthogonal projector (an eigenvalue is {float(off):.3g} away from 0 and 1); "
-                            "build it with null_projector(C0, threshold)")
+        raise NumericsError(f"P is not an orthogonal projector (an eigenvalue is {float(off):.3g} away from "
+                            "0 and 1); build it with null_projector(C0, threshold)")
     U = vectors[:, values > 0.5]
     return Projector(U @ U.T, U)
 
@@ -70,28 +72,35 @@ def _batch(K, R, name: str = "R") -> tuple[Tensor, Tensor]:
     return K, as_float64(R, name, (None, K.shape[1]))
 
 
-def solve_step(K, R, C, E=None, *, singular: str = "raise", name: str = "C_t") -> tuple[Tensor, Factor]:
-    """Accumulated-constraint step ``Delta C = R K^T - E`` (Labyrinth, Theorem 1 and Algorithm 1).
+def _step(factor: Factor, K: Tensor, R: Tensor, E: Tensor | None) -> Tensor:
+    """Solution of ``Delta C = R K^T - E`` with the factorised C; the thinner of the two right-hand sides is
+    solved."""
+    if E is None and K.shape[1] < R.shape[0]:
+        return R @ factor.solve(K.T)
+    return factor.solve(R @ K.T if E is None else R @ K.T - as_float64(E, "E", (R.shape[0], K.shape[0])))
 
-    C (d, d) already contains K K^T: C_t = M_0 + S_{t-1} + K K^T. E (m, d) is the compensation cache, or None.
-    Returns Delta (m, d) and the factorisation (condition number, method) of C.
+
+def solve_step(K, R, C, E=None, *, singular: str = "raise", info: bool = False):
+    """Accumulated-constraint step ``Delta C_t = R K^T - E`` (Labyrinth, Theorem 1 and Algorithm 1); Delta (m,
+    d).
+
+    K (d, n), R (m, n), C (d, d) = M_0 + S_{t-1} + K K^T, i.e. with the current keys already in it; E (m, d)
+    the compensation cache, or None. With info=True returns (Delta, Factor).
     """
     K, R = _batch(K, R)
-    C = as_gram(C, name, K.shape[0])
-    B = R @ K.T
-    if E is not None:
-        B = B - as_float64(E, "E", tuple(B.shape))
-    factor = factorize(C, name, singular)
-    return factor.solve(B), factor
+    factor = factorize(as_gram(C, "C_t", K.shape[0]), "C_t", singular)
+    delta = _step(factor, K, R, E)
+    return (delta, factor) if info else delta
 
 
 def memit_update(K, R, C0, lam: float, S=None, *, ridge: float = 0.0, E=None, singular: str = "raise",
                  info: bool = False):
     """MEMIT: ``Delta (lam C0 + S + ridge I + K K^T) = R K^T - E``; returns Delta (m, d).
 
-    K (d, n) keys, R (m, n) residuals against the current weights, C0 (d, d) mean second moment, lam >= 0 its weight
-    in tokens. S (d, d), the Gram matrix of earlier keys, makes it MEMIT with history (MEMIT-seq); None is plain MEMIT.
-    ridge 1 with E (m, d) is the released error-compensated solve. With info=True returns (Delta, Factor).
+    K (d, n) keys, R (m, n) residuals against the current weights, C0 (d, d) mean second moment, lam >= 0 its
+    weight in tokens. S (d, d), the Gram matrix of earlier keys, makes it MEMIT with history (MEMIT-seq); None
+    is plain MEMIT. ridge 1 with E (m, d) is the released error-compensated solve. With info=True returns
+    (Delta, Factor).
 
     Raises NumericsError: shapes, NaN/Inf, or a singular system (lam 0 with n < d) unless singular="min_norm".
     """
@@ -102,12 +111,13 @@ def memit_update(K, R, C0, lam: float, S=None, *, ridge: float = 0.0, E=None, si
         C = C + as_gram(S, "S", d)
     if as_nonnegative(ridge, "ridge"):
         C = C + ridge * torch.eye(d, dtype=C.dtype, device=C.device)
-    delta, factor = solve_step(K, R, C, E, singular=singular, name="lam C0 + S + K K^T")
+    factor = factorize(C, "lam C0 + S + K K^T", singular)
+    delta = _step(factor, K, R, E)
     return (delta, factor) if info else delta
 
 
 def rome_direction(C, k) -> Tensor:
-    """ROME's key direction ``u = C^{-1} k / ||C^{-1} k||`` (d,); C None gives ``k / ||k||`` (no second moment)."""
+    """ROME's key direction ``u = C^{-1} k / ||C^{-1} k||`` (d,); with C None ``k / ||k||``."""
     k = as_float64(k, "k", (None,))
     u = k if C is None else factorize(as_gram(C, "C", k.shape[0]), "C").solve(k[None])[0]
     norm = torch.linalg.vector_norm(u)
@@ -117,10 +127,11 @@ def rome_direction(C, k) -> Tensor:
 
 
 def rome_update(W, k, v, u) -> Tensor:
-    """ROME's rank-one update ``Delta = (v - W k) u^T / (k . u)`` (m, d), so that ``(W + Delta) k = v`` exactly.
+    """ROME's rank-one update ``Delta = (v - W k) u^T / (k . u)`` (m, d): ``(W + Delta) k = v`` exactly.
 
-    W (m, d), k (d,) key at which the value is imposed, v (m,) target output, u (d,) from `rome_direction`. The
-    released code takes u from the template-averaged key and k from the bare prompt; R-ROME uses one key for both.
+    W (m, d), k (d,) key at which the value is imposed, v (m,) target output, u (d,) from `rome_direction`.
+    The released code takes u from the template-averaged key and k from the bare prompt; R-ROME uses one key
+    for both.
     """
     k = as_float64(k, "k", (None,))
     W = as_float64(W, "W", (None, k.shape[0]))
@@ -128,20 +139,23 @@ def rome_update(W, k, v, u) -> Tensor:
     u = as_float64(u, "u", (k.shape[0],))
     overlap = torch.dot(k, u)
     if float(overlap.abs()) <= 1e-12 * float(torch.linalg.vector_norm(k) * torch.linalg.vector_norm(u)):
-        raise NumericsError("k and u are orthogonal, the rank-one update is unbounded; use one key for both (R-ROME)")
+        raise NumericsError("k and u are orthogonal, the rank-one update is unbounded; use one key for both "
+                            "(R-ROME)")
     return torch.outer(v - W @ k, u) / overlap
 
 
 def alphaedit_update(K, R, P, S=None, ridge: float = 10.0, *, form: str = "symmetric", dtype=torch.float64,
                      info: bool = False):
-    """AlphaEdit: ``Delta (P (S + K K^T) + ridge I)^T = R K^T P``; returns Delta (m, d) with ``Delta P = Delta``.
+    """AlphaEdit: ``Delta ((S + K K^T) P + ridge I) = R K^T P``; returns Delta (m, d), ``Delta P = Delta``.
 
-    P: `Projector` or (d, d) matrix; S (d, d) Gram matrix of earlier keys (None: without history); ridge = L2 >= 0.
-    form "symmetric" solves the r x r positive definite system ``E (U^T (S + K K^T) U + ridge I) = R K^T U``,
-    ``Delta = E U^T`` by Cholesky, minimum norm when ridge is 0. form "released" solves the non-symmetric d x d system
-    of the official code by LU in `dtype` (torch.float32 reproduces it, rounding included) with the ridge rounded to
-    float32 as there, and needs ridge > 0.
-    With info=True returns (Delta, Factor or None).
+    P: `Projector` (preferred) or (d, d) matrix, which costs an eigendecomposition; S (d, d) Gram matrix of
+    earlier keys (None: without history); ridge >= 0 is the released L2.
+
+    form "symmetric" solves the r x r positive definite system ``E (U^T (S + K K^T) U + ridge I) = R K^T U``
+    by Cholesky, ``Delta = E U^T``, minimum norm when ridge is 0. form "released" solves the transposed
+    non-symmetric d x d system of the official code by LU in `dtype` (torch.float32 reproduces it, rounding
+    included), with the ridge rounded to float32 as there; it needs ridge > 0. With info=True returns (Delta,
+    Factor or None).
     """
     K, R = _batch(K, R)
     d, ridge = K.shape[0], as_nonnegative(ridge, "ridge")
@@ -150,12 +164,13 @@ def alphaedit_update(K, R, P, S=None, ridge: float = 10.0, *, form: str = "symme
         U = as_projector(P, d).U
         inner = U.T @ G @ U + ridge * torch.eye(U.shape[1], dtype=K.dtype, device=K.device)
         factor = factorize(inner, "U^T (S + K K^T) U + ridge I", "raise" if ridge else "min_norm")
-        delta = factor.solve(R @ (K.T @ U)) @ U.T
+        delta = _step(factor, U.T @ K, R, None) @ U.T
         return (delta, factor) if info else delta
     if form != "released":
         raise NumericsError(f"form={form!r} is unknown; use 'symmetric' or 'released'")
     if ridge == 0.0:
-        raise NumericsError("the released d x d system is singular for ridge 0; use form='symmetric' or ridge > 0")
+        raise NumericsError("the released d x d system is singular for ridge 0; use form='symmetric' or a "
+                            "ridge > 0")
     P = as_float64(P.P if isinstance(P, Projector) else P, "P", (d, d)).to(dtype)
     left = P @ G.to(dtype) + (ridge * torch.eye(d, dtype=torch.float32, device=K.device)).to(dtype)
     delta = torch.linalg.solve(left, P @ (K.to(dtype) @ R.to(dtype).T)).T.to(torch.float64)
@@ -163,12 +178,12 @@ def alphaedit_update(K, R, P, S=None, ridge: float = 10.0, *, form: str = "symme
 
 
 def one_time_solution(K, V, W0, M0, projector=None, *, info: bool = False):
-    """Minimiser A (m, d) of ``tr(A M0 A^T) + ||(W0 + A) K - V||_F^2``, over ``A = A P`` when a projector is given.
+    """Minimiser A (m, d) of ``tr(A M0 A^T) + ||(W0 + A) K - V||_F^2``; over ``A = A P`` with a projector.
 
-    K (d, N), V (m, N) all facts at once, W0 (m, d) original weights, M0 prior: (d, d) matrix or a scalar ridge.
-    MEMIT: M0 = lam C0. AlphaEdit: M0 = L2 with the null-space projector. A singular system gives the minimum-norm
-    minimiser (Moore-Penrose). To weigh facts, scale the columns of K and V by the square root of the weight.
-    With info=True returns (A, Factor).
+    K (d, N), V (m, N) all facts at once, W0 (m, d) original weights, M0 prior: (d, d) matrix or a scalar
+    ridge. MEMIT: M0 = lam C0. AlphaEdit: M0 = L2 with the null-space projector. A singular system gives the
+    minimum-norm minimiser (Moore-Penrose). To weigh facts, scale the columns of K and V by the square root of
+    the weight. With info=True returns (A, Factor).
     """
     K, V = _batch(K, V, "V")
     d = K.shape[0]

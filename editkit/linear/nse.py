@@ -14,8 +14,8 @@ from editkit.linear.system import as_float64, as_gram, factorize
 
 
 def select_neurons(K, threshold: float = 0.8) -> Tensor:
-    """Indices of the neurons with the largest ``sum_i |K_ji|``, in that order, while their cumulative mass stays at or
-    below `threshold` of the total; 1.0 selects all neurons. At least one neuron is returned.
+    """Indices of the neurons with the largest ``sum_i |K_ji|``, in that order, while their cumulative mass
+    stays at or below `threshold` of the total; 1.0 selects all neurons. At least one neuron is returned.
     """
     K = as_float64(K, "K", (None, None))
     if not 0.0 < threshold <= 1.0:
@@ -30,9 +30,10 @@ def select_neurons(K, threshold: float = 0.8) -> Tensor:
 def restricted_update(K, R, C, neurons, E=None) -> Tensor:
     """``Delta_I C_II = (R K^T - E)_I``, zero outside the selected neurons I; returns Delta (m, d).
 
-    C (d, d) = lam C0 + S + K K^T, the accumulated Gram matrix with the current batch. E None is the released solve,
-    which forgets the gradient that earlier restricted steps left on I; with ``E = A_{t-1} C_{t-1} - B_{t-1}``
-    (`nse_step` keeps it) the step is an exact block-coordinate minimisation of the one-time objective.
+    C (d, d) = lam C0 + S + K K^T, the accumulated Gram matrix with the current batch. E None is the released
+    solve, which forgets the gradient that earlier restricted steps left on I; with ``E = A_{t-1} C_{t-1} -
+    B_{t-1}`` (`nse_step` keeps it) the step is an exact block-coordinate minimisation of the one-time
+    objective.
     """
     K = as_float64(K, "K", (None, None))
     d = K.shape[0]
@@ -40,8 +41,10 @@ def restricted_update(K, R, C, neurons, E=None) -> Tensor:
     if E is not None:
         B = B - as_float64(E, "E", tuple(B.shape))
     index = torch.as_tensor(neurons, device=K.device).long().flatten()
-    if not index.numel() or int(index.min()) < 0 or int(index.max()) >= d or index.unique().numel() != index.numel():
-        raise NumericsError(f"neurons must be distinct indices in 0..{d - 1}, at least one; use select_neurons(K)")
+    distinct = index.unique().numel() == index.numel()
+    if not distinct or not index.numel() or int(index.min()) < 0 or int(index.max()) >= d:
+        raise NumericsError(f"neurons must be distinct indices in 0..{d - 1}, at least one; "
+                            "use select_neurons(K)")
     C = as_gram(C, "C_t", d)
     delta = torch.zeros_like(B)
     delta[:, index] = factorize(C[index][:, index], "C_t on the selected neurons").solve(B[:, index])
@@ -49,7 +52,7 @@ def restricted_update(K, R, C, neurons, E=None) -> Tensor:
 
 
 def nse_step(K, R, C, neurons, E=None, *, consistent: bool = True) -> tuple[Tensor, Tensor | None]:
-    """One step and the cache for the next: (Delta, E_t). consistent=False is the released form (E_t is None)."""
+    """One step and the cache for the next: (Delta, E_t); consistent=False is the released form, E_t None."""
     if not consistent:
         return restricted_update(K, R, C, neurons), None
     delta = restricted_update(K, R, C, neurons, E)

@@ -1,8 +1,8 @@
-"""Editing as recursive least squares: engines that keep the accumulated Gram matrix solvable, batch after batch.
+"""Editing as recursive least squares: engines that keep the accumulated Gram matrix solvable at every batch.
 
 Each engine holds ``C_t = M_0 + sum_s K_s K_s^T`` in some form and returns the accumulated-constraint step
-``Delta_t C_t = R_t K_t^T - E_{t-1}`` (Labyrinth, Theorem 1 and Algorithm 1; book/labyrinth/derivation.md). All give
-the same update; they differ in cost for d key width, n facts of the batch, N facts so far:
+``Delta_t C_t = R_t K_t^T - E_{t-1}`` (Labyrinth, Theorem 1 and Algorithm 1; book/labyrinth/derivation.md).
+All give the same update; they differ in cost for d key width, n facts of the batch, N facts so far:
 
     DirectGram    O(d^3)        a batch, d^2 numbers    re-solves every time: the baseline
     InverseGram   O(d^2 n)      a batch, 2 d^2 numbers  keeps C^{-1} by Woodbury, re-factorised when it drifts
@@ -31,9 +31,10 @@ _DIGEST = 16  # bytes of the hash that remembers a written key
 class AccumulatedLeastSquares(ABC):
     """Base of the engines: checks, the record of written keys, add / retire / revise, errors, saving.
 
-    M0: prior, a (d, d) matrix (MEMIT: lam C0) or a scalar ridge with `d`. basis: orthonormal U (d, r) restricts
-    updates to ``Delta = Delta U U^T`` (AlphaEdit); a matrix prior is then restricted to U too. tag: free text naming
-    what the history belongs to (model fingerprint, layer); a saved state is accepted only by an equal tag.
+    M0: prior, a (d, d) matrix (MEMIT: lam C0) or a scalar ridge with `d`. basis: orthonormal U (d, r)
+    restricts updates to ``Delta = Delta U U^T`` (AlphaEdit); a matrix prior is then restricted to U too. tag:
+    free text naming what the history belongs to (model fingerprint, layer); a saved state is accepted only by
+    an equal tag.
 
     Raises NumericsError: shapes, NaN/Inf, a prior that is singular where the engine needs its inverse.
     """
@@ -49,9 +50,10 @@ class AccumulatedLeastSquares(ABC):
         self.rank = self.d if self.basis is None else self.basis.shape[1]
         if self.basis is not None:
             prior = as_gram(prior, "M0", self.d) if prior.ndim else prior
-            gap = self.basis.T @ self.basis - torch.eye(self.rank, dtype=prior.dtype, device=self.basis.device)
-            if float(gap.abs().max()) > 1e-8:
-                raise NumericsError("the columns of basis are not orthonormal; use Projector.U of null_projector")
+            identity = torch.eye(self.rank, dtype=torch.float64, device=self.basis.device)
+            if float((self.basis.T @ self.basis - identity).abs().max()) > 1e-8:
+                raise NumericsError("the columns of basis are not orthonormal; use Projector.U of "
+                                    "null_projector")
             prior = self.basis.T @ prior @ self.basis if prior.ndim else prior
         if prior.ndim == 0 and float(prior) < 0:
             raise NumericsError(f"M0 is {float(prior):g}; a scalar prior must be >= 0")
@@ -66,7 +68,7 @@ class AccumulatedLeastSquares(ABC):
         """The prior as a fresh (r, r) matrix."""
         return as_gram(self._prior, "M0", self.rank).to(self.device, copy=True)
 
-    # what an engine provides -----------------------------------------------------------------------------------
+    # What an engine provides.
 
     @abstractmethod
     def _start(self) -> None:
@@ -74,7 +76,7 @@ class AccumulatedLeastSquares(ABC):
 
     @abstractmethod
     def _absorb(self, K: Tensor, sign: int) -> Tensor:
-        """Replace C by ``C + sign K K^T`` and return ``K^T C_new^{-1}`` (n, r); leave the state alone on failure."""
+        """Replace C by ``C + sign K K^T`` and return ``K^T C_new^{-1}`` (n, r); on failure change nothing."""
 
     @abstractmethod
     def _solve(self, B: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ class AccumulatedLeastSquares(ABC):
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of `_tensors`."""
 
-    # what a user calls -----------------------------------------------------------------------------------------
+    # What a user calls.
 
     @property
     def n_facts(self) -> int:
@@ -102,7 +104,7 @@ class AccumulatedLeastSquares(ABC):
     def add(self, K, R, E=None) -> Tensor:
         """Add facts and return Delta (m, d): ``Delta C_t = R K^T - E`` with ``C_t = C_{t-1} + K K^T``.
 
-        K (d, n), R = V - W_{t-1} K (m, n), E (m, d) the compensation cache of `postprocess.compensate` or None.
+        K (d, n), R = V - W_{t-1} K (m, n), E (m, d) the cache of `postprocess.compensated_step` or None.
         """
         K, R = self._batch(K, R)
         if E is not None:
@@ -115,10 +117,10 @@ class AccumulatedLeastSquares(ABC):
         return self._from_basis(delta)
 
     def retire(self, K, R) -> Tensor:
-        """Remove facts written before and return Delta (m, d): ``Delta C_t = -R K^T``, ``C_t = C_{t-1} - K K^T``.
+        """Remove facts and return Delta (m, d): ``Delta C_t = -R K^T`` with ``C_t = C_{t-1} - K K^T``.
 
-        K (d, n) exactly the keys given to `add`, R = V_old - W_{t-1} K (m, n). Raises NumericsError for a key that
-        is not in force.
+        K (d, n) exactly the keys given to `add`, R = V_old - W_{t-1} K (m, n). Raises NumericsError for a key
+        that is not in force.
         """
         K, R = self._batch(K, R)
         keys = self._in_force(K)
@@ -130,8 +132,8 @@ class AccumulatedLeastSquares(ABC):
     def revise(self, K_old, R_old, K_new, R_new) -> Tensor:
         """Retire-and-replace (Proposition 3.5): both residuals are against the weights before the call.
 
-        ``Delta C_t = R_new K_new^T - R_old K_old^T``, ``C_t = C_{t-1} - K_old K_old^T + K_new K_new^T``. The new facts
-        are added first, so the Gram matrix never gets smaller than needed.
+        ``Delta C_t = R_new K_new^T - R_old K_old^T``, ``C_t = C_{t-1} - K_old K_old^T + K_new K_new^T``. The
+        new facts are added first, so the Gram matrix never gets smaller than needed.
         """
         K_old, R_old = self._batch(K_old, R_old)
         self._in_force(K_old)
@@ -149,7 +151,8 @@ class AccumulatedLeastSquares(ABC):
     def error(self, probes: int | None = 8, seed: int = 0) -> float:
         """Frobenius norm of ``C^{-1} C - I`` as applied: it bounds the relative error of the next update.
 
-        probes random sign vectors estimate it without bias in its square, O(d^2) each; None measures it, O(d^3).
+        probes random sign vectors estimate it without bias in its square, O(d^2) each; None measures it,
+        O(d^3).
         """
         if probes is None:
             B = torch.eye(self.rank, dtype=torch.float64)
@@ -161,31 +164,35 @@ class AccumulatedLeastSquares(ABC):
         return float(torch.linalg.vector_norm(gap)) / (1.0 if probes is None else probes**0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"meta": JSON-able description, "tensors": name -> tensor}; continuing from it repeats every bit."""
+        """{"meta": JSON-able description, "tensors": name -> tensor}; continuing from it repeats every
+        bit."""
         keys = b"".join(sorted(self._written.elements()))
         written = torch.tensor(list(keys), dtype=torch.uint8).reshape(-1, _DIGEST)
         return {"meta": self._identity() | {"steps": self.steps},
                 "tensors": {"written": written} | {k: v.clone() for k, v in self._tensors().items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of an engine of the same kind, prior, basis and tag, else NumericsError names the field."""
+        """Restore a state of an engine of the same kind, prior, basis and tag, else NumericsError says
+        which."""
         for field, value in self._identity().items():
             found = state["meta"].get(field)
             if found != value:
-                raise NumericsError(f"the saved history has {field} {found!r}, this engine {value!r}: it belongs to "
-                                    "another model, layer or configuration; start a new history or load the right one")
+                raise NumericsError(f"the saved history has {field} {found!r}, this engine {value!r}: it "
+                                    "belongs to another model, layer or configuration; start a new history "
+                                    "or load the right one")
         rows = bytes(state["tensors"]["written"].reshape(-1).tolist())
         self._written = Counter(rows[i:i + _DIGEST] for i in range(0, len(rows), _DIGEST))
         self.steps = int(state["meta"]["steps"])
         self._restore({k: v.clone().to(self.device) for k, v in state["tensors"].items() if k != "written"})
 
-    # helpers ---------------------------------------------------------------------------------------------------
+    # Helpers.
 
     def _identity(self) -> dict[str, Any]:
         content = hashlib.sha256(self._prior.cpu().numpy().tobytes())
         if self.basis is not None:
             content.update(self.basis.cpu().contiguous().numpy().tobytes())
-        return {"engine": self.name, "d": self.d, "rank": self.rank, "tag": self.tag, "prior": content.hexdigest()}
+        return {"engine": self.name, "d": self.d, "rank": self.rank, "tag": self.tag,
+                "prior": content.hexdigest()}
 
     def _batch(self, K, R) -> tuple[Tensor, Tensor]:
         K = as_float64(K, "K", (self.d, None)).to(self.device)
@@ -197,8 +204,9 @@ class AccumulatedLeastSquares(ABC):
         keys = Counter(columns)
         missing = [i for i, key in enumerate(columns) if keys[key] > self._written[key]]
         if missing:
-            raise NumericsError(f"columns {missing[:8]} of K were never added (or already retired); pass the keys as "
-                                "stored when they were written, not keys recomputed on the edited model")
+            raise NumericsError(f"columns {missing[:8]} of K were never added (or already retired); pass "
+                                "the keys as stored when they were written, not keys recomputed on the "
+                                "edited model")
         return keys
 
     def _to_basis(self, X: Tensor) -> Tensor:
@@ -215,18 +223,21 @@ def _digests(K: Tensor) -> list[bytes]:
 
 
 def capacity(K: Tensor, H: Tensor, sign: int) -> Tensor:
-    """Cholesky factor (n, n) of ``I + sign K^T H`` with ``H = C^{-1} K``; refuses to remove what C does not contain."""
+    """Cholesky factor (n, n) of ``I + sign K^T H``, H = C^{-1} K; refuses to remove what C does not
+    contain."""
     inner = sign * (K.T @ H)
     inner = (inner + inner.T) / 2
     inner.diagonal().add_(1.0)
     L, failed = torch.linalg.cholesky_ex(inner)
     if int(failed):
-        raise NumericsError("retiring these keys would make the Gram matrix indefinite: they are not in it, or the "
-                            "prior is too small next to them; raise the prior or rebuild from the remaining keys")
+        raise NumericsError("retiring these keys would make the Gram matrix indefinite: they are not in it, "
+                            "or the prior is too small next to them; raise the prior or rebuild from the "
+                            "remaining keys")
     return L
 
 
-_BLOCK = 1024  # symmetric matrices below are valid in their lower block triangle only: 60 % of the work of a full one
+# InverseGram keeps its symmetric matrices in the lower block triangle only: 60 % of the work at d = 4096.
+_BLOCK = 1024
 
 
 def _blocks(d: int):
@@ -234,7 +245,8 @@ def _blocks(d: int):
 
 
 def add_symmetric_(M: Tensor, A: Tensor, B: Tensor) -> None:
-    """In place ``M += A^T B`` for A, B (n, d) with a symmetric product, lower block triangle of M (d, d) only."""
+    """In place ``M += A^T B``, a symmetric product of A, B (n, d), on the lower block triangle of M (d,
+    d)."""
     for i, j in _blocks(M.shape[0]):
         M[i:, i:j].addmm_(A[:, i:].T, B[:, i:j])
 
@@ -255,7 +267,7 @@ def symmetric(M: Tensor) -> Tensor:
 
 
 class DirectGram(AccumulatedLeastSquares):
-    """Keeps C and factorises it at every step, O(d^3): the baseline, and the only engine for a singular prior.
+    """Keeps C and factorises it at every step, O(d^3): the baseline, and the engine for a singular prior.
 
     method "cholesky" (minimum norm where C is singular) or "lu" (general solve, as the released code does).
     """
@@ -297,12 +309,12 @@ class InverseGram(AccumulatedLeastSquares):
     """Keeps ``Pi = C^{-1}`` by the Woodbury identity, O(d^2 n) a batch.
 
     With ``H = Pi K`` and ``T = I + s K^T H`` (s = +1 add, -1 retire): ``K^T C_new^{-1} = T^{-1} H^T`` and
-    ``Pi_new = Pi - s Y Y^T`` with ``Y = H T^{-1/2}``, so Pi stays symmetric. Keys are folded into C only when d of them
-    wait (C is needed for checks, re-factorisation and compensation, not for the update).
+    ``Pi_new = Pi - s Y Y^T`` with ``Y = H T^{-1/2}``, so Pi stays symmetric. Keys are folded into C only when
+    d of them wait (C is needed for checks, re-factorisation and compensation, not for the update).
 
-    Round-off grows with the number of updates and the conditioning, so after every `check_every` batches the error
-    ``||Pi C - I||_F`` is estimated (`error`) and Pi is re-factorised from C, O(d^3), when it exceeds `tolerance`.
-    `refactored` counts those, `last_error` is the latest estimate.
+    Round-off grows with the number of updates and the conditioning, so after every `check_every` batches the
+    error ``||Pi C - I||_F`` is estimated (`error`) and Pi is re-factorised from C, O(d^3), when it exceeds
+    `tolerance`. `refactored` counts those, `last_error` is the latest estimate.
     """
 
     name = "inverse"
@@ -365,7 +377,8 @@ class InverseGram(AccumulatedLeastSquares):
     def _tensors(self) -> dict[str, Tensor]:
         counts = torch.tensor([self._since, self.refactored], dtype=torch.int64)
         keys = torch.cat([self._C.new_zeros(0, self.rank)] + [keys for _, keys in self._waiting])
-        batches = torch.tensor([[sign, len(keys)] for sign, keys in self._waiting], dtype=torch.int64).reshape(-1, 2)
+        batches = [[sign, len(keys)] for sign, keys in self._waiting]
+        batches = torch.tensor(batches, dtype=torch.int64).reshape(-1, 2)
         return {"C": self._C, "Pi": self._Pi, "waiting": keys, "batches": batches, "counts": counts}
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:

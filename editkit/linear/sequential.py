@@ -1,4 +1,4 @@
-"""Sequential steps beside the accumulated one: memorize-the-latest, and general convex regularisers (Proposition 3.4).
+"""Sequential steps beside the accumulated one: memorize-the-latest, and general convex regularisers.
 
 The one-time objective after t batches is a quadratic known by two matrices, C_t (d, d) and B_t (m, d):
 ``L_t(A) = tr(A C_t A^T) - 2 tr(A B_t^T) + const``. Shapes otherwise as in `normal`.
@@ -17,15 +17,17 @@ from editkit.linear.normal import as_projector
 from editkit.linear.system import as_float64, as_gram, as_nonnegative, factorize
 
 
-def latest_update(K, R, C0, lam: float, A=None, *, projector=None, ridge: float = 0.0, simplified: bool = False
-                  ) -> Tensor:
+def latest_update(K, R, C0, lam: float, A=None, *, projector=None, ridge: float = 0.0,
+                  simplified: bool = False) -> Tensor:
     """Memorize-the-latest: keep general knowledge and the newest batch only; returns Delta (m, d).
 
     Full:        ``Delta (lam C0 + ridge I + K K^T) = R K^T - lam A C0``
-    Simplified:  the terms in C0 are dropped, as if ``C0 P = 0`` held exactly: ``Delta (ridge I + K K^T) = R K^T``
 
-    both restricted to ``Delta = Delta P`` when a projector is given. A (m, d) is the sum of all earlier updates (None:
-    first batch). The full form stays anchored at W_0; the simplified one re-bases preservation on the damaged weights.
+    Simplified:  ``Delta (ridge I + K K^T) = R K^T``, the terms in C0 dropped as if ``C0 P = 0`` held exactly
+
+    both restricted to ``Delta = Delta P`` when a projector is given. A (m, d) is the sum of all earlier
+    updates (None: first batch). The full form stays anchored at W_0; the simplified one re-bases preservation
+    on the damaged weights.
     """
     K = as_float64(K, "K", (None, None))
     d = K.shape[0]
@@ -78,8 +80,9 @@ def neuron_groups(weight: float) -> Regularizer:
     return Regularizer(lambda A: weight * float(torch.linalg.vector_norm(A, dim=0).sum()), prox)
 
 
-def minimize_convex(C, B, regularizer: Regularizer, start=None, *, tol: float = 1e-12, max_iter: int = 50_000) -> Tensor:
-    """Minimiser A (m, d) of ``tr(A C A^T) - 2 tr(A B^T) + R(A)`` by accelerated proximal gradient with restarts.
+def minimize_convex(C, B, regularizer: Regularizer, start=None, *, tol: float = 1e-12,
+                    max_iter: int = 50_000) -> Tensor:
+    """Minimiser A (m, d) of ``tr(A C A^T) - 2 tr(A B^T) + R(A)``: accelerated proximal gradient, restarted.
 
     C (d, d) positive definite, B (m, d). Stops when a proximal step moves A by less than `tol` relative.
 
@@ -100,16 +103,17 @@ def minimize_convex(C, B, regularizer: Regularizer, start=None, *, tol: float = 
         following = (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5) / 2.0
         Y = new + (momentum - 1.0) / following * (new - A)
         A, momentum = new, following
-    raise NumericsError(f"the convex solver moved {moved:.2e} after {max_iter} iterations; raise max_iter or tol, or "
-                        "improve the conditioning of C with a larger prior")
+    raise NumericsError(f"the convex solver moved {moved:.2e} after {max_iter} iterations; raise max_iter or "
+                        "tol, or improve the conditioning of C with a larger prior")
 
 
 def convex_step(A, C, B, regularizer: Regularizer, **options) -> Tensor:
     """Sequential step for any convex regulariser (Proposition 3.4); returns Delta_t (m, d).
 
-    ``Delta_t = argmin tr(Delta C_t Delta^T) + 2 <A C_t - B_t, Delta> + R(A + Delta)`` at the current total update
-    A = A_{t-1}, with C_t and B_t of the problem after batch t. When A is the one-time solution of batch t - 1, the
-    step is the difference of two consecutive one-time solutions, ``A*_t - A*_{t-1}``; `options` go to the solver.
+    ``Delta_t = argmin tr(Delta C_t Delta^T) + 2 <A C_t - B_t, Delta> + R(A + Delta)`` at the current total
+    update A = A_{t-1}, with C_t and B_t of the problem after batch t. When A is the one-time solution of
+    batch t - 1, the step is the difference of two consecutive one-time solutions, ``A*_t - A*_{t-1}``;
+    `options` go to the solver.
     """
     A = as_float64(A, "A", (None, None))
     C = as_gram(C, "C", A.shape[1])

@@ -1,10 +1,11 @@
 """Checked inputs and symmetric positive (semi-)definite solves, float64, no model.
 
-Every solve of the package has the form ``X C = B`` with a symmetric Gram matrix ``C`` (d, d) and rows of ``X`` and
-``B`` (m, d). `factorize` tries Cholesky, estimates the condition number, and falls back to an eigendecomposition
-(minimum-norm solution, Moore-Penrose) when ``C`` is singular to working precision.
+Every solve of the package has the form ``X C = B`` with a symmetric Gram matrix ``C`` (d, d) and rows of
+``X`` and ``B`` (m, d). `factorize` tries Cholesky, estimates the condition number, and falls back to an
+eigendecomposition (minimum-norm solution, Moore-Penrose) when ``C`` is singular to working precision.
 
-Symbols: d key width, m value width, n number of facts. Keys are columns: K (d, n); values V (m, n); weights W (m, d).
+Symbols: d key width, m value width, n number of facts; keys K (d, n) are columns, values V (m, n), weights
+W (m, d).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ EPS = torch.finfo(torch.float64).eps
 def as_float64(x, name: str, shape: tuple[int | None, ...] | None = None) -> Tensor:
     """Return `x` (tensor or array-like) as a detached float64 tensor on its own device, checked.
 
-    `shape` lists the expected sizes; None stands for any size. Low-precision inputs are widened, never the reverse.
+    `shape` lists the expected sizes; None stands for any size. Low-precision inputs are widened, never the
+    reverse.
 
-    Raises NumericsError: not numeric, wrong shape, or NaN/Inf entries (message gives name, count and first index).
+    Raises NumericsError: not numeric, wrong shape, or NaN/Inf entries (message gives name, count and first
+    index).
     """
     try:
         out = torch.as_tensor(x).detach().to(torch.float64)
@@ -35,8 +38,8 @@ def as_float64(x, name: str, shape: tuple[int | None, ...] | None = None) -> Ten
         fits = out.ndim == len(shape) and all(s is None or s == t for s, t in zip(shape, out.shape))
         if not fits:
             wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
-            raise NumericsError(f"{name} has shape {tuple(out.shape)}, expected {wanted}; keys are columns (d, n), "
-                                "values (m, n), weights (m, d): transpose or re-collect it")
+            raise NumericsError(f"{name} has shape {tuple(out.shape)}, expected {wanted}; keys are columns "
+                                "(d, n), values (m, n), weights (m, d): transpose or re-collect it")
     bad = ~torch.isfinite(out)
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
@@ -78,8 +81,8 @@ def as_nonnegative(x: float, name: str) -> float:
 class Factor:
     """A factorised Gram matrix: ``solve(B)`` returns X with ``X C = B`` (minimum norm where C is singular).
 
-    Attributes: method "cholesky" or "eigh"; condition estimated 1-norm condition number (a lower estimate, inf when
-    singular); rank numerical rank (d for Cholesky).
+    Attributes: method "cholesky" or "eigh"; condition estimated 1-norm condition number (a lower estimate,
+    inf when singular); rank numerical rank (d for Cholesky).
     """
 
     method: str
@@ -103,7 +106,7 @@ class Factor:
 
 
 def _condition(C: Tensor, L: Tensor) -> float:
-    """Hager's 1-norm estimate of cond(C) from a Cholesky factor: a handful of O(d^2) solves, deterministic."""
+    """Hager's 1-norm estimate of cond(C) from a Cholesky factor: at most ten O(d^2) solves, deterministic."""
     d = C.shape[0]
     x = torch.full((d, 1), 1.0 / d, dtype=C.dtype, device=C.device)
     estimate, visited = 0.0, set()
@@ -123,8 +126,9 @@ def _condition(C: Tensor, L: Tensor) -> float:
 def factorize(C: Tensor, name: str = "the Gram matrix", singular: str = "raise") -> Factor:
     """Factorise a symmetric positive semi-definite float64 matrix C (d, d).
 
-    Cholesky first; when it breaks down, or the estimated condition number exceeds 1/(d eps), an eigendecomposition
-    decides. `singular`: "raise" refuses a singular C, "min_norm" solves on its range (Moore-Penrose).
+    Cholesky first; when it breaks down, or the estimated condition number exceeds 1/(d eps), an
+    eigendecomposition decides. `singular`: "raise" refuses a singular C, "min_norm" solves on its range
+    (Moore-Penrose).
 
     Raises NumericsError: C singular and singular="raise", or C indefinite beyond round-off.
     """
@@ -140,12 +144,13 @@ def factorize(C: Tensor, name: str = "the Gram matrix", singular: str = "raise")
     top = float(values.abs().max()) if d else 0.0
     cutoff = d * EPS * top
     if d and float(values[0]) < -max(1e-8 * top, cutoff):
-        raise NumericsError(f"{name} is indefinite (smallest eigenvalue {float(values[0]):.3g}, largest {top:.3g}); "
-                            "a fact was removed that was never added, or the covariance is corrupt: rebuild it")
+        raise NumericsError(f"{name} is indefinite (smallest eigenvalue {float(values[0]):.3g}, largest "
+                            f"{top:.3g}); a fact was removed that was never added, or the covariance is "
+                            "corrupt: rebuild it")
     keep = values > cutoff
     rank = int(keep.sum())
     if rank < d and singular == "raise":
-        raise NumericsError(f"{name} is singular (rank {rank} of {d}); raise the covariance weight, add a ridge > 0, "
-                            "use a covariance from more tokens, or ask for singular='min_norm'")
+        raise NumericsError(f"{name} is singular (rank {rank} of {d}); raise the covariance weight, add a "
+                            "ridge > 0, use a covariance from more tokens, or ask for singular='min_norm'")
     condition = float(values[-1] / values[0]) if rank == d else float("inf")
     return Factor("eigh", condition, rank, _U=vectors[:, keep], _inv=1.0 / values[keep])
