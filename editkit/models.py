@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Literal
@@ -169,8 +169,8 @@ class LM:
         with torch.no_grad():
             weight.copy_(self.to_matrix(W))
 
-    def fingerprint(self) -> str:
-        """sha256 (hex) over architecture, parameter names, shapes, dtypes and values.
+    def fingerprint(self, exclude: Collection[str] = ()) -> str:
+        """sha256 (hex) over architecture, parameter names, shapes, dtypes and values, without those of `exclude`.
 
         Read from the weights on every call, so that it can never be that of an earlier state of the model.
         The same weights in another dtype are another model.
@@ -179,6 +179,8 @@ class LM:
         config = {key: getattr(self.model.config, key, None) for key in _IDENTITY}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for name, param in sorted(self.model.named_parameters()):
+            if name in exclude:
+                continue
             digest.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
             flat = param.detach().reshape(-1).contiguous().cpu()
             digest.update(flat.view(torch.uint8).numpy())
