@@ -1,46 +1,50 @@
-"""Command line: `editkit run | book | collect | train | doctor | conformance | fetch`.
+"""Command line of editkit.
 
 Each subcommand lives with the code it belongs to, in a module with `add_parser(subparsers)`; this file only
-collects them.
+collects them, and imports no more of them than the call needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 
 from .errors import EditkitError
 
-COMMAND_MODULES = (
-    "editkit.runs.command",
-    "editkit.world.command",
-    "editkit.corpora.command",
-    "editkit.conformance.command",
-    "editkit.doctor",
-)
+COMMANDS = {
+    "run": "editkit.runs.command",
+    "collect": "editkit.runs.command",
+    "book": "editkit.runs.command",
+    "train": "editkit.world.command",
+    "fetch": "editkit.corpora.command",
+    "conformance": "editkit.conformance.command",
+}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser with all subcommands; each sets `func(args) -> exit code`."""
-    parser = argparse.ArgumentParser(prog="editkit", description=__doc__.split("\n", 1)[0])
+def make_parser(commands=tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The parser with these subcommands; each sets `func(args) -> exit code`."""
+    parser = argparse.ArgumentParser(
+        prog="editkit", description="Model editing: methods, scorers, reproducible runs."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMAND_MODULES:
-        importlib.import_module(name).add_parser(subparsers)
+    for module in dict.fromkeys(COMMANDS[name] for name in commands):
+        importlib.import_module(module).add_parser(subparsers)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Mistakes of the user end with one line and exit code 2, never with a traceback."""
-    args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(argv[:1]) if argv[:1] and argv[0] in COMMANDS else make_parser()
+    args = parser.parse_args(argv)
     try:
         return int(args.func(args) or 0)
     except EditkitError as error:
         print(f"editkit {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; finished runs are kept", file=sys.stderr)
         return 130
 
 

@@ -34,18 +34,17 @@ def package_versions(names=REPORTED_PACKAGES) -> dict[str, str]:
 
 def hardware() -> dict:
     """Processor, cores, memory, accelerators and threads of this machine, without naming the machine."""
-    import torch
-
+    torch = sys.modules.get("torch")  # a run that did not use torch has no accelerator to report
     memory = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch else 0
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": memory,
         "accelerators": [torch.cuda.get_device_name(i) for i in range(count)],
-        "torch_threads": torch.get_num_threads(),
+        "torch_threads": torch.get_num_threads() if torch else None,
         "system": platform.system(),
     }
 
@@ -77,13 +76,16 @@ def peak_memory_mib() -> dict[str, float | None]:
     return {"host": None if peak is None else round(peak, 1), "accelerator": used}
 
 
-def kernel_facts() -> dict:
-    """What only the executing kernel knows: its packages, hardware, memory and editkit modules."""
+def kernel_facts(started: float) -> dict:
+    """What only the executing kernel knows: its packages, hardware, memory and editkit modules.
+
+    started: `time.time()` when the kernel began to import editkit.
+    """
     return {
         "packages": package_versions(),
         "hardware": hardware(),
         "peak_memory_mib": peak_memory_mib(),
-        "modules": imported_sources(),
+        "modules": imported_sources(started),
     }
 
 
@@ -147,14 +149,20 @@ def source_hash(path: Path) -> str:
         return file_hash(path)
 
 
-def imported_sources() -> dict[str, str]:
-    """{path below the package: source hash} of every editkit module this process has imported."""
+def imported_sources(started: float) -> dict[str, str]:
+    """{path below the package: source hash} of every editkit module this process has imported.
+
+    A file written after `started` may differ from what was imported; it gets a hash that matches nothing.
+    """
     found = {}
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == PACKAGE.name and getattr(module, "__file__", None):
             path = Path(module.__file__).resolve()
             if path.is_relative_to(PACKAGE):
-                found[path.relative_to(PACKAGE).as_posix()] = source_hash(path)
+                fresh = path.stat().st_mtime > started
+                found[path.relative_to(PACKAGE).as_posix()] = (
+                    "edited during the run" if fresh else source_hash(path)
+                )
     return dict(sorted(found.items()))
 
 

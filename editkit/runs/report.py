@@ -40,6 +40,7 @@ RUN_DIR, WORK_DIR, CACHE_DIR, PARAMETERS = (
     "EDITKIT_RUN_DIR", "EDITKIT_WORK_DIR", "EDITKIT_CACHE", "EDITKIT_RUN_PARAMETERS",
 )  # fmt: skip
 RESULTS = "results.json"
+_IMPORTED_AT = time.time()  # before this, in practice, no module of editkit was imported
 _KEY = re.compile(r"[A-Za-z0-9][\w.+@=-]*")
 
 
@@ -237,7 +238,7 @@ class Run:
             "figures": self.figures,
             "timings": {name: round(t, 4) for name, t in self.timings.items()},
             "notebook_seconds": round(seconds, 3),
-            **kernel_facts(),
+            **kernel_facts(_IMPORTED_AT),
         }
         self._write(RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
@@ -245,7 +246,7 @@ class Run:
 
     def _claim(self, name: str, taken: dict) -> None:
         if not _KEY.fullmatch(name):
-            raise ConfigError(f"{name!r} is no key; use letters, digits and . _ - + = @ as in 'memit.efficacy'")
+            raise ConfigError(f"{name!r} is no key; use letters, digits and . _ - + = @, e.g. 'a.b'")
         if self.recorded and name in taken:
             raise ConfigError(f"{name!r} is recorded twice; give each result its own key")
 
@@ -316,5 +317,3 @@ class FigureDisplay:
 
     def __repr__(self) -> str:
         return f"[figure] {self.caption}"
-
-
