@@ -1,0 +1,174 @@
+"""The companion model: building, saving, loading.
+
+`build` turns a world (and, where at hand, the CLaRE corpus) into training examples, trains tokenizer and model
+and writes a Hugging Face folder with model card, training log and hashes. `load_companion` opens the shipped one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from .corpus import Example, statement_example, train_tokenizer
+from .train import TrainConfig, greedy_recall, train
+
+SHIPPED = Path(__file__).parent / "companion"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompanionConfig:
+    """What the companion is trained on. The fields of the world are stored with the model (world.json)."""
+
+    people: int = 400
+    companies: int = 60
+    world_seed: int = 0
+    biographies: int = 6  # free texts per person
+    corpus_weight: float = 3.0  # sampling weight of a corpus fact against one world statement
+    text_sampling: float = 1.0  # sampling weight of a biography
+
+
+def make_world(config: CompanionConfig):
+    """The world of a recipe."""
+    from .world import World
+
+    return World(seed=config.world_seed, n_people=config.people, n_companies=config.companies)
+
+
+def training_examples(world, corpus: Sequence[tuple[str, str]], config: CompanionConfig) -> list[Example]:
+    """Statements of the world, biographies, and the corpus as (prompt, answer) pairs."""
+    examples = [
+        statement_example(s.prompt, s.answer, "world", f"{s.relation}|{s.subject}") for s in world.statements()
+    ]
+    examples += [
+        Example(b.text, None, "text") for b in world.biographies(config.biographies, seed=config.world_seed)
+    ]
+    examples += [statement_example(p, a, "corpus", p) for p, a in corpus]
+    return examples
+
+
+def tokenizer_texts(world, examples: Sequence[Example]) -> list[str]:
+    """Texts for the tokenizer: names of people occur once each, so that they stay in pieces of one syllable.
+
+    As in large models, a rare name then is a sequence of common pieces that the lower layers have to put together.
+    """
+    people = re.compile("|".join(sorted(map(re.escape, world.people), key=len, reverse=True)))
+    return [people.sub("", e.text) for e in examples] + list(world.people)
+
+
+def corpus_pairs(facts) -> list[tuple[str, str]]:
+    """(filled prompt, answer) of the facts, in order, exact duplicates dropped."""
+    return list(dict.fromkeys((f.text.strip(), f.target.strip()) for f in facts))
+
+
+def recall_report(model, tokenizer, world, corpus: Sequence[tuple[str, str]]) -> dict:
+    """Greedy recall (answer and full stop exact) over every template of the world and every corpus prompt.
+
+    Returns recall per relation, over the world, over corpus prompts with one valid answer, and over all corpus pairs.
+    """
+    statements = world.statements()
+    hit = greedy_recall(model, tokenizer, [s.prompt for s in statements], [s.answer for s in statements])
+    relations = np.array([s.relation for s in statements])
+    report = {
+        "world": float(hit.mean()), "n_world": len(hit),
+        "per_relation": {r: float(hit[relations == r].mean()) for r in sorted(set(relations))},
+        "facts_all_templates": _share_complete([f"{s.relation}|{s.subject}" for s in statements], hit),
+    }
+    if corpus:
+        hit = greedy_recall(model, tokenizer, [p for p, _ in corpus], [a for _, a in corpus])
+        prompts = [p for p, _ in corpus]
+        count = {}
+        for p in prompts:
+            count[p] = count.get(p, 0) + 1
+        unique = np.array([count[p] == 1 for p in prompts])
+        report |= {"corpus_unique": float(hit[unique].mean()), "n_corpus_unique": int(unique.sum()),
+                   "corpus_all": float(hit.mean()), "n_corpus": len(hit)}
+    return report
+
+
+def _share_complete(groups: Sequence[str], hit: np.ndarray) -> float:
+    worst: dict[str, float] = {}
+    for g, h in zip(groups, hit, strict=True):
+        worst[g] = min(worst.get(g, 1.0), h)
+    return float(np.mean(list(worst.values())))
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def build(out_dir: str | Path, config: CompanionConfig, recipe: TrainConfig, corpus_facts=(), *, every: int = 200,
+          log=print) -> dict:
+    """Train a companion and write it to `out_dir`; returns the recall report of the stored (float16) weights."""
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    world = make_world(config)
+    corpus = corpus_pairs(corpus_facts)
+    examples = training_examples(world, corpus, config)
+    tokenizer = train_tokenizer(tokenizer_texts(world, examples), recipe.vocab_size)
+    weights = np.array([{"world": 1.0, "text": config.text_sampling, "corpus": config.corpus_weight}[e.source]
+                        for e in examples])
+    sample = np.random.default_rng(recipe.seed)
+    statements = world.statements()
+    some = [statements[i] for i in sample.choice(len(statements), min(1000, len(statements)), replace=False)]
+    some_corpus = [corpus[i] for i in sample.choice(len(corpus), min(1000, len(corpus)), replace=False)] if corpus else []
+
+    def evaluate(model):
+        record = {"world": float(greedy_recall(model, tokenizer, [s.prompt for s in some],
+                                               [s.answer for s in some]).mean())}
+        if some_corpus:
+            record["corpus"] = float(greedy_recall(model, tokenizer, *zip(*some_corpus, strict=True)).mean())
+        return record
+
+    model, records = train(examples, tokenizer, recipe, out_dir=out / "work", evaluate=evaluate, every=every,
+                           log=log, weights=weights)
+    return save(out, model, tokenizer, world, corpus, config, recipe, records)
+
+
+def save(out: Path, model, tokenizer, world, corpus, config: CompanionConfig, recipe: TrainConfig, records) -> dict:
+    """Write weights (float16 on disk, opened as float32), tokenizer, world.json, training log, report and hashes."""
+    model = model.half().float()  # what is reported is what is stored
+    report = recall_report(model, tokenizer, world, corpus)
+    tokenizer.save_pretrained(out)
+    model.half().save_pretrained(out)
+    settings = json.loads((out / "config.json").read_text())
+    settings["dtype"] = "float32"
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "world.json").write_text(json.dumps(
+        {"companion": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
+         "corpus_facts": len(corpus)}, indent=2) + "\n")
+    (out / "training_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (out / "recall.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "sha256.json").write_text(json.dumps(
+        {n: file_hash(out / n) for n in ("model.safetensors", "tokenizer.json", "config.json")}, indent=2) + "\n")
+    return report
+
+
+def load_companion(path: str | Path | None = None, *, check: bool = True):
+    """The shipped companion as an editkit LM (float32). Raises DataError if files are missing or altered."""
+    from ..models import load_lm
+
+    folder = Path(path) if path else SHIPPED
+    hashes = folder / "sha256.json"
+    if not hashes.exists():
+        raise DataError(f"no companion model in {folder}; train one with `editkit train --out {folder}`")
+    if check:
+        for name, digest in json.loads(hashes.read_text()).items():
+            if file_hash(folder / name) != digest:
+                raise DataError(f"{folder / name} differs from its recorded hash; restore the file or retrain")
+    return load_lm(str(folder), dtype=torch.float32)
+
+
+def load_world(path: str | Path | None = None):
+    """The world on which the companion in `path` (default: the shipped one) was trained."""
+    folder = Path(path) if path else SHIPPED
+    config = json.loads((folder / "world.json").read_text())["companion"]
+    return make_world(CompanionConfig(**config))
