@@ -181,14 +181,13 @@ class Case:
 
         The recordings set the padding token to `pad_token` of case.json, or to the end-of-sequence token.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         from ..models import load_lm
 
         tokenizer = AutoTokenizer.from_pretrained(self.model_dir)
         tokenizer.pad_token = self.data.get("pad_token") or tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=dtype or self.dtype).eval()
-        return load_lm(model, tokenizer)
+        return load_lm(str(self.model_dir), tokenizer, dtype or self.dtype)
 
     def covariance(self, layer: int) -> np.ndarray:
         """Recorded second moment (d, d) of a layer: from the case's arrays, else from the model's cov.npz."""

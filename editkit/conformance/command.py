@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+import transformers
+
 from ..errors import DataError
 from . import runner
 
@@ -32,6 +34,7 @@ def main(args: argparse.Namespace) -> int:
     except DataError as error:
         print(f"editkit conformance: {error}", file=sys.stderr)
         return 2
+    transformers.utils.logging.disable_progress_bar()  # one bar per loaded model would tear the table apart
     root = os.path.abspath(args.dir)
     width = max([20, *(len(os.path.relpath(os.path.abspath(f), root)) for f in folders)])
     print(runner.format_header(width))

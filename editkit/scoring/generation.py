@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def generate(
 
 def _limits(lm: LM, prompts, rows, max_new, max_total) -> list[int]:
     """Total number of tokens allowed for each row, checked against what the model can hold."""
-    if max_new is not None and not isinstance(max_new, int):
+    if max_new is not None and not isinstance(max_new, Integral):
         if len(max_new) != len(rows):
             raise ConfigError(f"max_new_tokens has {len(max_new)} entries for {len(rows)} prompts")
         extra = list(max_new)

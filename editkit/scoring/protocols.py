@@ -1,9 +1,9 @@
 """Evaluation protocols, each under its own name. Scores of different protocols are never comparable.
 
     rome             compares two likelihoods: is the new object more likely than the old one? (CounterFact)
-    rome_zsre        share of answer tokens that are arg-max, always against the true answer (zsRE in
-    ROME/MEMIT) easyedit         teacher-forced token accuracy; what must not change is compared with the
-    unedited model multiple_choice  is the answer the most likely one among the candidates of its relation?
+    rome_zsre        share of answer tokens that are arg-max, always against the true answer (ROME's zsRE)
+    easyedit         teacher-forced token accuracy; what must not change is compared with the unedited model
+    multiple_choice  is the answer the most likely one among the candidates of its relation?
     generate         does the model, left alone, say the answer and stop?
 
 Sources: ROME section 3.4 and MEMIT code (rome, rome_zsre), EasyEdit (easyedit).
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -80,7 +81,9 @@ class _Reader:
     def continuations(self, pairs: Sequence[Pair]) -> list[str]:
         """Greedy continuation of each prompt, with room for its answer and a few more tokens."""
         unique = list(dict.fromkeys(pairs))
-        room = [len(ids) - start + _EXTRA_TOKENS for ids, start in split_tokens(self.lm, unique)]
+        most = self.lm.max_tokens or sys.maxsize
+        tokens = split_tokens(self.lm, unique)
+        room = [min(len(ids) + _EXTRA_TOKENS, most) - start for ids, start in tokens]
         made = generate(
             self.lm, [p for p, _ in unique], max_new_tokens=room, batch_size=self.batch_size,
             token_budget=self.token_budget,

@@ -15,9 +15,7 @@ from scipy import stats
 
 from ..errors import ConfigError, DataError
 
-_BCA_LIMIT = (
-    1000  # above, acceleration and bias correction change nothing visible and the jackknife gets slow
-)
+_BCA_LIMIT = 1000  # above, the correction changes nothing visible and its jackknife gets slow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +40,11 @@ def bootstrap_mean(
     """Mean of values (n,) with a bootstrap confidence interval. NaN values are left out.
 
     Without groups: scipy's bootstrap, bias-corrected and accelerated (BCa) up to 1,000 values, percentile
-    above. With groups (n,), e.g. the seed of each value: two-stage bootstrap, groups first and values inside
-    them then (percentile); the mean is over groups of equal weight. With two or three groups such an interval
-    is rough. Values that are all 0 or all 1 give the exact binomial (Clopper-Pearson) interval: resampling
-    would claim certainty. Other constant values, or a single one, give lo = hi = NaN when n = 1, else the
-    value itself.
+    above.
+    With groups (n,), e.g. the seed of each value: two-stage bootstrap, groups first and values inside them
+    then (percentile); the mean is over groups of equal weight. With two or three groups it is rough.
+    Values that are all 0 or all 1 give the exact binomial (Clopper-Pearson) interval, since resampling them
+    would claim certainty. Other constant values have a width of 0; a single one has no interval (NaN).
     """
     if n_boot < 1 or not 0 < confidence < 1:
         raise ConfigError(
