@@ -126,7 +126,7 @@ def _condition(C: Tensor, L: Tensor) -> float:
 def factorize(C: Tensor, name: str = "the Gram matrix", singular: str = "raise") -> Factor:
     """Factorise a symmetric positive semi-definite float64 matrix C (d, d).
 
-    Cholesky first; when it breaks down, or the estimated condition number exceeds 1/(d eps), an
+    Cholesky first; when it breaks down, or leaves no correct digit (estimated condition above 0.1 / eps), an
     eigendecomposition decides. `singular`: "raise" refuses a singular C, "min_norm" solves on its range
     (Moore-Penrose).
 
@@ -138,7 +138,7 @@ def factorize(C: Tensor, name: str = "the Gram matrix", singular: str = "raise")
     L, failed = torch.linalg.cholesky_ex(C)
     if not int(failed):
         condition = _condition(C, L)
-        if condition * d * EPS < 1.0:
+        if condition * EPS < 0.1:
             return Factor("cholesky", condition, d, lower=L)
     values, vectors = torch.linalg.eigh(C)
     top = float(values.abs().max()) if d else 0.0
