@@ -57,7 +57,7 @@ def evaluate(
     Returns the rows of `score` with the columns when ("before", "after_all" or "after_each") and step (number
     of facts edited when the row was scored) in front. Raises ConfigError or RequestError before any edit.
     """
-    facts = validate_facts(facts)
+    facts = validate_facts(facts, allow_conflicts=facts_per_edit is not None)  # a later chunk may overwrite
     _check(when, protocols, restore, facts_per_edit, options)
     expand(facts, axes)
     lookups = [p for p in protocols if p in ("easyedit", "generate")]
