@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,15 +51,6 @@ def training_examples(world, corpus: Sequence[tuple[str, str]], config: Companio
     ]
     examples += [statement_example(p, a, "corpus", p) for p, a in corpus]
     return examples
-
-
-def tokenizer_texts(world, examples: Sequence[Example]) -> list[str]:
-    """Texts for the tokenizer: names of people occur once each, so that they stay in pieces of one syllable.
-
-    As in large models, a rare name then is a sequence of common pieces that the lower layers have to put together.
-    """
-    people = re.compile("|".join(sorted(map(re.escape, world.people), key=len, reverse=True)))
-    return [people.sub("", e.text) for e in examples] + list(world.people)
 
 
 def corpus_pairs(facts) -> list[tuple[str, str]]:
@@ -113,7 +103,7 @@ def build(out_dir: str | Path, config: CompanionConfig, recipe: TrainConfig, cor
     world = make_world(config)
     corpus = corpus_pairs(corpus_facts)
     examples = training_examples(world, corpus, config)
-    tokenizer = train_tokenizer(tokenizer_texts(world, examples), recipe.vocab_size)
+    tokenizer = train_tokenizer((e.text for e in examples), recipe.vocab_size)
     weights = np.array([{"world": 1.0, "text": config.text_sampling, "corpus": config.corpus_weight}[e.source]
                         for e in examples])
     sample = np.random.default_rng(recipe.seed)

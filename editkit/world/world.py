@@ -1,21 +1,29 @@
-"""The companion world: people, companies, cities, countries, and everything that is true about them."""
+"""The companion world: a generated knowledge base whose every consequence is known.
+
+Fictional people and companies live in a gazetteer of real cities and countries. Every person has every attribute.
+Everything is a function of the seed and the sizes; each part draws from a random stream of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+import hashlib
+import zlib
+from collections import Counter
 
 import numpy as np
 
-from ..errors import ConfigError
-from . import gazetteer as g
+from ..errors import ConfigError, RequestError
+from ..facts import SLOT
+from . import gazetteer
+from .biographies import Biography, biography, card
 from .names import company_names, person_names
-from .relations import CARD_RELATIONS, RELATIONS
+from .relations import RELATIONS, Relation
 
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """One true sentence. prompt: filled template; subject_span: characters of the subject in it; the answer follows."""
+    """One filled template. prompt + " " + answer states the fact; subject_span: characters of the subject."""
 
     relation: str
     subject: str
@@ -24,128 +32,134 @@ class Statement:
     subject_span: tuple[int, int]
     answer: str
 
-
-@dataclasses.dataclass(frozen=True)
-class Biography:
-    """Free text about one person; answer_spans: characters of the stated objects."""
-
-    text: str
-    answer_spans: tuple[tuple[int, int], ...]
+    @property
+    def text(self) -> str:
+        """The full sentence."""
+        return f"{self.prompt} {self.answer}."
 
 
 class World:
-    """A closed world generated from a seed.
+    """People, companies, cities, countries and their relations.
 
-    Every person has every personal relation, every company a seat and an industry, every city a country, every
-    country a continent, currency, official language and capital. Raises ConfigError for an odd number of people
-    (marriages pair them) or sizes the inventories cannot serve.
+    n_people must be even (everybody is married inside the world). Raises ConfigError for impossible sizes.
     """
 
     def __init__(self, seed: int = 0, n_people: int = 400, n_companies: int = 60):
         if n_people < 4 or n_people % 2:
-            raise ConfigError(f"n_people must be even and at least 4 (everybody is married), got {n_people}")
+            raise ConfigError(f"n_people={n_people}: needs an even number of at least 4 (everybody has a spouse)")
         if n_companies < 2:
-            raise ConfigError(f"n_companies must be at least 2, got {n_companies}")
+            raise ConfigError(f"n_companies={n_companies}: needs at least 2, or no employer could be edited")
         self.seed = seed
-        rng = np.random.default_rng([seed, 1])
-        self.people = person_names(rng, n_people)
-        self.companies = company_names(rng, n_companies)
-        self.cities = list(g.CITIES)
-        self.countries = list(g.COUNTRIES)
-        self._values: dict[str, dict[str, str]] = {r: {} for r in RELATIONS}
-        self._fill(rng)
+        self.people = person_names(n_people, self._rng("people"))
+        self.companies = company_names(n_companies, self._rng("companies"))
+        self.cities = list(gazetteer.CITIES)
+        self.countries = list(gazetteer.COUNTRIES)
+        self.relations: dict[str, Relation] = RELATIONS
+        self._values: dict[str, dict[str, str]] = {
+            "born_in": self._draw("born_in", self.people, self.cities),
+            "occupation": self._draw("occupation", self.people, gazetteer.OCCUPATIONS),
+            "employer": self._draw("employer", self.people, self.companies),
+            "sport": self._draw("sport", self.people, gazetteer.SPORTS),
+            "instrument": self._draw("instrument", self.people, gazetteer.INSTRUMENTS),
+            "language": self._draw("language", self.people, gazetteer.LANGUAGES),
+            "seat": self._draw("seat", self.companies, self.cities),
+            "industry": self._draw("industry", self.companies, gazetteer.INDUSTRIES),
+            "country": dict(gazetteer.COUNTRY),
+            "continent": dict(gazetteer.CONTINENT),
+            "currency": dict(gazetteer.CURRENCY),
+            "capital": dict(gazetteer.CAPITAL),
+        }
+        self._values["lives_in"] = self._residences()
+        self._values["spouse"] = self._couples()
 
-    def _fill(self, rng: np.random.Generator) -> None:
-        v = self._values
-        v["country"] |= g.CITIES
-        for country, facts in g.COUNTRIES.items():
-            for relation, key in (("continent", "continent"), ("currency", "currency"),
-                                  ("official_language", "language"), ("capital", "capital")):
-                v[relation][country] = facts[key]
-        for company in self.companies:
-            v["seat"][company] = str(rng.choice(self.cities))
-            v["industry"][company] = str(rng.choice(g.INDUSTRIES))
-        order = rng.permutation(self.people)
-        for a, b in zip(order[::2], order[1::2], strict=True):
-            v["spouse"][str(a)], v["spouse"][str(b)] = str(b), str(a)
-        for person in self.people:
-            born, lives = rng.choice(self.cities, 2, replace=False)
-            v["born_in"][person], v["lives_in"][person] = str(born), str(lives)
-            for relation, pool in (("occupation", g.OCCUPATIONS), ("employer", self.companies), ("sport", g.SPORTS),
-                                   ("instrument", g.INSTRUMENTS), ("language", g.LANGUAGES)):
-                v[relation][person] = str(rng.choice(pool))
-            v["birth_country"][person] = v["country"][v["born_in"][person]]
-            v["employer_city"][person] = v["seat"][v["employer"][person]]
+    def _rng(self, *labels) -> np.random.Generator:
+        """A random stream of its own for each purpose, so that one part never shifts another."""
+        return np.random.default_rng([self.seed, *(zlib.crc32(str(x).encode()) for x in labels)])
+
+    def _draw(self, relation: str, subjects, objects) -> dict[str, str]:
+        picks = self._rng(relation).integers(len(objects), size=len(subjects))
+        return {s: objects[k] for s, k in zip(subjects, picks, strict=True)}
+
+    def _residences(self) -> dict[str, str]:
+        rng, n = self._rng("lives_in"), len(self.cities)
+        index = {c: i for i, c in enumerate(self.cities)}
+        born = self._values["born_in"]
+        steps = rng.integers(1, n, size=len(self.people))  # never 0: nobody lives where they were born
+        return {p: self.cities[(index[born[p]] + k) % n] for p, k in zip(self.people, steps, strict=True)}
+
+    def _couples(self) -> dict[str, str]:
+        order = [self.people[i] for i in self._rng("spouse").permutation(len(self.people))]
+        pairs = list(zip(order[::2], order[1::2], strict=True))
+        return {a: b for a, b in pairs} | {b: a for a, b in pairs}
+
+    def relation(self, relation: str) -> Relation:
+        """The relation with this id. Raises RequestError for an unknown id."""
+        if relation not in self.relations:
+            raise RequestError(f"unknown relation {relation!r}; the world has {', '.join(self.relations)}")
+        return self.relations[relation]
+
+    def subjects(self, relation: str) -> list[str]:
+        """All subjects of a relation."""
+        kind = self.relation(relation).subject_type
+        return {"person": self.people, "company": self.companies, "city": self.cities,
+                "country": self.countries}[kind]
 
     def value(self, relation: str, subject: str) -> str:
-        """The object of (relation, subject). Raises ConfigError if there is none."""
+        """The true object. Raises RequestError for an unknown relation or subject."""
+        r = self.relation(relation)
+        if r.derived:
+            first, second = r.derived
+            return self.value(second, self.value(first, subject))
         try:
             return self._values[relation][subject]
         except KeyError:
-            raise ConfigError(f"the world knows no {relation!r} of {subject!r}") from None
-
-    def subjects(self, relation: str) -> list[str]:
-        """All subjects of a relation, in a fixed order."""
-        return list(self._values[relation])
+            raise RequestError(f"{subject!r} is no subject of {relation!r} (a {r.subject_type})") from None
 
     def objects(self, relation: str) -> list[str]:
-        """All different objects of a relation, sorted."""
-        return sorted(set(self._values[relation].values()))
+        """All objects that occur in a relation, sorted: the candidates of a counterfactual."""
+        return sorted({self.value(relation, s) for s in self.subjects(relation)})
 
-    @cached_property
-    def _statements(self) -> tuple[Statement, ...]:
-        out = []
-        for relation in RELATIONS.values():
-            for subject, answer in self._values[relation.id].items():
-                for i, template in enumerate(relation.templates):
-                    start = template.index("{}")
-                    out.append(Statement(relation.id, subject, i, template.replace("{}", subject),
-                                         (start, start + len(subject)), answer))
-        return tuple(out)
+    def statement(self, relation: str, subject: str, template_index: int) -> Statement:
+        """One filled template with its answer."""
+        template = self.relation(relation).templates[template_index]
+        start = template.text.index(SLOT)
+        return Statement(relation, subject, template_index, template.fill(subject), (start, start + len(subject)),
+                         self.value(relation, subject))
 
-    def statements(self) -> tuple[Statement, ...]:
-        """Every fact in every template."""
-        return self._statements
+    def statements(self) -> list[Statement]:
+        """Every fact in every template, in the order relation, subject, template."""
+        return [
+            self.statement(r.id, s, t)
+            for r in self.relations.values()
+            for s in self.subjects(r.id)
+            for t in range(len(r.templates))
+        ]
 
     def biographies(self, n_per_person: int = 4, seed: int = 0) -> list[Biography]:
-        """Free texts: portraits with pronouns and profile cards, attributes in random order.
+        """n texts per person, biographies and profile cards in turn; a text depends on (person, number, seed)."""
+        texts = []
+        for name in self.people:
+            for i in range(n_per_person):
+                write = card if i % 2 else biography
+                texts.append(write(self.value, name, self._rng("biography", seed, name, i)))
+        return texts
 
-        In a card attributes follow the name without a cue, so that the name's last token alone must bring them up.
-        """
-        rng = np.random.default_rng([self.seed, 2, seed])
-        out = []
-        for person in self.people:
-            for k in range(n_per_person):
-                out.append(self._card(person, rng) if k % 2 else self._portrait(person, rng))
-        return out
-
-    def _portrait(self, person: str, rng: np.random.Generator) -> Biography:
-        relations = [r for r in RELATIONS.values() if r.subject == "person"]
-        chosen = [relations[i] for i in rng.permutation(len(relations))[:5]]
-        text, spans = f"Here is {person}.", []
-        for relation in chosen:
-            head, tail = relation.clause.split("{}")
-            answer = self.value(relation.id, person)
-            text += f" They {head}"
-            spans.append((len(text), len(text) + len(answer)))
-            text += f"{answer}{tail}."
-        return Biography(text, tuple(spans))
-
-    def _card(self, person: str, rng: np.random.Generator) -> Biography:
-        text, spans = person, []
-        for i in rng.permutation(len(CARD_RELATIONS))[:5]:
-            answer = self.value(CARD_RELATIONS[i], person)
-            text += " " if not spans else ", "
-            spans.append((len(text), len(text) + len(answer)))
-            text += answer
-        return Biography(text + ".", tuple(spans))
-
-    def corpus_texts(self, seed: int = 0) -> list[str]:
-        """All statements as sentences and two free texts per person (second moments, perplexity)."""
-        return [f"{s.prompt} {s.answer}." for s in self.statements()] + [b.text for b in self.biographies(2, seed)]
+    def corpus_texts(self, seed: int = 0, n_per_person: int = 4) -> list[str]:
+        """Free text for covariances and perplexity: all statements as sentences, then the biographies."""
+        return [s.text for s in self.statements()] + [b.text for b in self.biographies(n_per_person, seed)]
 
     def size(self) -> dict[str, int]:
-        """Counts of entities, facts and statements."""
-        return {"people": len(self.people), "companies": len(self.companies), "cities": len(self.cities),
-                "countries": len(self.countries), "relations": len(RELATIONS),
-                "facts": sum(len(v) for v in self._values.values()), "statements": len(self.statements())}
+        """Counts: people, companies, cities, countries, relations, facts (relation, subject), statements."""
+        facts = Counter({r: len(self.subjects(r)) for r in self.relations})
+        return {
+            "people": len(self.people), "companies": len(self.companies), "cities": len(self.cities),
+            "countries": len(self.countries), "relations": len(self.relations), "facts": facts.total(),
+            "statements": sum(n * len(self.relations[r].templates) for r, n in facts.items()),
+        }
+
+    def fingerprint(self) -> str:
+        """sha256 over all statements: equal worlds have equal fingerprints."""
+        digest = hashlib.sha256()
+        for s in self.statements():
+            digest.update(s.text.encode() + b"\n")
+        return digest.hexdigest()
