@@ -15,7 +15,7 @@ class ArchSpec:
 
     Paths of block parts are relative to a block, the others to the model. `up` are the projections into the
     MLP's hidden layer (two for gated MLPs), `down` is the one out of it: its input is the key, its output the
-    value of the MLP seen as a linear associative memory (ROME section 3.1; MEMIT equation 6).
+    value of the MLP seen as a linear associative memory (ROME section 3.1; MEMIT section 4.2).
     orientation: "linear" stores (m, d), "conv1d" stores (d, m) [m value width, d key width].
     block_output: what a block's forward returns in current transformers (documentation; hooks accept both).
     """

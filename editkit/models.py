@@ -170,7 +170,7 @@ class LM:
             weight.copy_(self.to_matrix(W))
 
     def fingerprint(self, exclude: Collection[str] = ()) -> str:
-        """sha256 (hex) over architecture, parameter names, shapes, dtypes and values, without those of `exclude`.
+        """sha256 (hex) over architecture, parameter names, shapes, dtypes and values; not of `exclude`.
 
         Read from the weights on every call, so that it can never be that of an earlier state of the model.
         The same weights in another dtype are another model.

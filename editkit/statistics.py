@@ -118,8 +118,13 @@ def text_hash(texts: Sequence[str]) -> str:
 def tokenizer_hash(lm: LM) -> str:
     """sha256 of everything that decides how the tokenizer cuts texts."""
     backend = getattr(lm.tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(lm.tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    if backend is None:
+        content = {"class": type(lm.tokenizer).__name__, "vocabulary": lm.tokenizer.get_vocab()}
+    else:
+        content = json.loads(backend.to_str())
+        for setting in ("truncation", "padding"):  # left over from the latest call
+            content.pop(setting, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _provenance(

@@ -57,7 +57,8 @@ class CausalTrace:
 
     clean, corrupt: (n,) probability of the answer in the clean run and, averaged over noise samples, in the
     corrupted one (ROME: P[o], P*[o]). effect: (n, groups, layers) indirect effect, P*[o, clean state] -
-    P*[o]; NaN where a prompt has no such position. answers: (n,) token id of the answer. sigma: standard
+    P*[o]; NaN where a prompt has no such position. answers: (n,) token id of the answer. predicted:
+    (n,) top token of the clean run; `predicted == answers` selects the facts the model knows. sigma: standard
     deviation of the noise. kind, window, samples: as asked for.
     """
 
@@ -65,6 +66,7 @@ class CausalTrace:
     corrupt: np.ndarray
     effect: np.ndarray
     answers: np.ndarray
+    predicted: np.ndarray
     sigma: float
     kind: Kind
     window: int
@@ -76,11 +78,12 @@ class CausalTrace:
         """(n,) P[o] - P*[o]."""
         return self.clean - self.corrupt
 
-    def average(self) -> np.ndarray:
-        """Average indirect effect over facts, (groups, layers); NaN for a group that no fact has."""
-        present = ~np.isnan(self.effect)
+    def average(self, select: np.ndarray | None = None) -> np.ndarray:
+        """Average indirect effect over (selected) facts, (groups, layers); NaN for a group that none has."""
+        effect = self.effect if select is None else self.effect[select]
+        present = ~np.isnan(effect)
         count = present.sum(0)
-        total = np.where(present, self.effect, 0.0).sum(0)
+        total = np.where(present, effect, 0.0).sum(0)
         return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
     def to_frame(self) -> pd.DataFrame:
@@ -149,18 +152,19 @@ def causal_trace(
     wanted = _true_ids(lm, facts) if answer == "true" else None
     sigma = noise * subject_noise_scale(lm, positions)
     n = len(facts)
-    clean, corrupt, answers = np.zeros(n), np.zeros(n), np.zeros(n, dtype=np.int64)
+    clean, corrupt = np.zeros(n), np.zeros(n)
+    answers, predicted = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
     effect = np.full((n, len(GROUPS), lm.n_layers), np.nan)
     lengths = positions.encoding.lengths.tolist()
     budget = max(1, tokens_per_batch // samples)  # clean states and noise of a batch are held in memory
     for rows in bar(by_length(lengths, budget), f"causal tracing of {n} facts", unit="batch"):
         run = _TraceBatch(lm, positions, rows, names, sigma, samples, seed, tokens_per_batch)
-        clean[rows], answers[rows] = run.clean(None if wanted is None else wanted[rows])
+        clean[rows], answers[rows], predicted[rows] = run.clean(None if wanted is None else wanted[rows])
         corrupt[rows] = run.corrupted()
         for layer in range(lm.n_layers):
             restored = run.restored([names[i] for i in window_layers(layer, window, lm.n_layers)], restore)
             effect[rows, :, layer] = restored - corrupt[rows, None]
-    return CausalTrace(clean, corrupt, effect, answers, sigma, kind, window, samples)
+    return CausalTrace(clean, corrupt, effect, answers, predicted, sigma, kind, window, samples)
 
 
 def _true_ids(lm: LM, facts: Sequence[Fact]) -> Tensor:
@@ -198,12 +202,13 @@ class _TraceBatch:
             draws[k][:, subject] = sigma * normal
         self.noise = torch.from_numpy(draws)
 
-    def clean(self, wanted: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        """Probability and id of the answer; keeps the clean states."""
+    def clean(self, wanted: Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probability of the answer, its id, and the top token; keeps the clean states."""
         logits, self.states = final_logits(self.lm, self.batch, self.final, record=self.names)
-        self.answer = logits.argmax(-1) if wanted is None else wanted.to(logits.device)
+        top = logits.argmax(-1)
+        self.answer = top if wanted is None else wanted.to(logits.device)
         p = logits.double().softmax(-1).gather(-1, self.answer[:, None]).squeeze(-1)
-        return p.cpu().numpy(), self.answer.cpu().numpy()
+        return p.cpu().numpy(), self.answer.cpu().numpy(), top.cpu().numpy()
 
     def restored(self, names: list[str], restore: str) -> np.ndarray:
         """P* of the answer with states of some modules restored, (facts, groups); NaN for absent groups."""
