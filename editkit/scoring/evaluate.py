@@ -1,6 +1,4 @@
-"""Edit, then score: the two evaluation protocols of the literature, chosen explicitly and written in every
-row.
-"""
+"""Edit, then score: evaluation after all edits or after each edit, chosen explicitly and kept in every row."""
 
 from __future__ import annotations
 
