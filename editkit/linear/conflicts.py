@@ -73,11 +73,11 @@ class EditStream:
             found += [i for i, hit in zip(owners, near.tolist()) if hit]
         return list(dict.fromkeys(found))
 
-    def write(self, ids: Sequence[Hashable], K, V, W) -> Tensor:
+    def write(self, ids: Sequence[Hashable], K, V, W, E=None) -> Tensor:
         """Write facts under the policy and return Delta (m, d).
 
         ids n distinct ids, K (d, n), V (m, n) absolute targets, W (m, d) the current weights (all earlier
-        Deltas in).
+        Deltas in), E (m, d) the compensation cache of post-processed updates or None.
 
         Raises RequestError: an id twice in the batch, or a conflict under policy "refuse" (nothing is
         changed).
@@ -95,11 +95,11 @@ class EditStream:
         R = V - W @ K
         if old:
             K_old, V_old = self._collect(old)
-            delta = self.engine.revise(K_old, V_old - W @ K_old, K, R)
+            delta = self.engine.revise(K_old, V_old - W @ K_old, K, R, E)
             for i in old:
                 del self.pairs[i]
         else:
-            delta = self.engine.add(K, R)
+            delta = self.engine.add(K, R, E)
         for i, key, value in zip(ids, K.T, V.T):
             self.pairs.setdefault(i, []).append((key.clone(), value.clone()))
         return delta

@@ -130,15 +130,15 @@ class AccumulatedLeastSquares(ABC):
         self.steps += 1
         return self._from_basis(delta)
 
-    def revise(self, K_old, R_old, K_new, R_new) -> Tensor:
+    def revise(self, K_old, R_old, K_new, R_new, E=None) -> Tensor:
         """Retire-and-replace (Proposition 3.5): both residuals are against the weights before the call.
 
-        ``Delta C_t = R_new K_new^T - R_old K_old^T``, ``C_t = C_{t-1} - K_old K_old^T + K_new K_new^T``. The
-        new facts are added first, so the Gram matrix never gets smaller than needed.
+        ``Delta C_t = R_new K_new^T - R_old K_old^T - E``, ``C_t = C_{t-1} - K_old K_old^T + K_new K_new^T``.
+        The new facts are added first, so the Gram matrix never gets smaller than needed.
         """
         K_old, R_old = self._batch(K_old, R_old)
         self._in_force(K_old)
-        first = self.add(K_new, R_new)
+        first = self.add(K_new, R_new, E)
         return first + self.retire(K_old, R_old - first @ K_old)
 
     def solve(self, B) -> Tensor:
