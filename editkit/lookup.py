@@ -66,13 +66,15 @@ def find_spans(
     real = (end > begin) & encoding.attention_mask.bool()
     covers_first = real & (begin <= start) & (end > start)
     covers_last = real & (begin < stop) & (end >= stop)
-    for i, (text, s, e) in enumerate(filled):
-        for found, character in ((covers_first[i], text[s]), (covers_last[i], text[e - 1])):
-            if not found.any():
-                raise RequestError(
-                    f"no token of the prompt {text!r} covers the character {character!r} of the subject "
-                    f"{text[s:e]!r}; the tokenizer dropped it, choose another spelling"
-                )
+    found = torch.stack([covers_first.any(-1), covers_last.any(-1)]).tolist()
+    if not all(map(all, found)):
+        i = next(i for i, both in enumerate(zip(*found, strict=True)) if not all(both))
+        text, s, e = filled[i]
+        character = text[e - 1] if found[0][i] else text[s]
+        raise RequestError(
+            f"no token of the prompt {text!r} covers the character {character!r} of the subject "
+            f"{text[s:e]!r}; the tokenizer dropped it, choose another spelling"
+        )
     width = begin.shape[1]
     first = covers_first.to(torch.long).argmax(-1)
     # A character may be split into several byte pieces with equal offsets: the last one ends the subject.
