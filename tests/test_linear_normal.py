@@ -199,6 +199,10 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+def test_python_numbers_are_not_rounded_to_float32():
+    assert float(one_time_solution([[1.0]], [[1.1]], [[0.0]], 0.1)) == pytest.approx(1.0, abs=1e-15)
+
+
 def test_float32_inputs_are_solved_in_float64():
     K, R, C0 = rand(1, 6, 4).float(), rand(2, 3, 4).float(), spd(3, 6).float()
     assert close(memit_update(K, R, C0, 2.0), memit_update(K.double(), R.double(), C0.double(), 2.0), 1e-14)

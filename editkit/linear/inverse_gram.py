@@ -70,7 +70,7 @@ class InverseGram(AccumulatedLeastSquares):
         self.last_error = self.floor = self.error(probes=4)
 
     def _absorb(self, K: Tensor, sign: int) -> Tensor:
-        keys = K.T.contiguous()
+        keys = K.T.clone(memory_format=torch.contiguous_format)              # never the memory of the caller
         H = times_symmetric(keys, self._Pi)                                  # K^T C^{-1}
         L = capacity(K, H.T, sign)
         Y = torch.linalg.solve_triangular(L, H, upper=False)

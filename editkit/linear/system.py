@@ -30,7 +30,8 @@ def as_float64(x, name: str, shape: tuple[int | None, ...] | None = None) -> Ten
     index).
     """
     try:
-        out = torch.as_tensor(x).detach().to(torch.float64)
+        # dtype at once: a Python float must not pass through float32
+        out = torch.as_tensor(x, dtype=torch.float64).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise NumericsError(f"{name} cannot be read as a float64 tensor ({error}); "
                             "pass a torch tensor or a NumPy array of numbers") from error
