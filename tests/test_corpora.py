@@ -299,3 +299,9 @@ def test_selfcheck_and_temporal_fields():
     fact = temporal.load(RECORDS / "temporal.json")[0]
     assert fact.prompt == "The {}, closed in 1962, is" and fact.paraphrases == ()
     assert fact.reference == (rows("temporal.json")[0]["ood_rephrase"],)
+
+
+def test_zsre_takes_other_locality_texts_as_they_are(tmp_path):
+    content = [change(row, "loc", "Tarn lies on the") for row in rows("zsre.json")]
+    facts = zsre.load(write(tmp_path, "z.json", content))
+    assert facts[0].locality[0].prompt == "Tarn lies on the"

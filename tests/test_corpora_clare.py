@@ -1,6 +1,7 @@
 """The CLaRE corpus: loader, answers, counterfactual requests, tables; the published file where at hand."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def test_answers(small):
 
 
 def test_counterfactuals(small, caplog):
-    requests = clare.counterfactuals(small, seed=0)
+    with caplog.at_level(logging.INFO, logger="editkit"):
+        requests = clare.counterfactuals(small, seed=0)
     assert validate_facts(requests)  # one request per prompt and subject
     answers = clare.answers_by_prompt(small)
     for fact in requests:

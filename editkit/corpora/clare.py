@@ -100,21 +100,22 @@ def counterfactuals(
 
     An object that the corpus records for the subject, under whatever template, is never chosen. The choice
     depends on seed, fact and corpus only, not on the other facts. Facts without any candidate (templates
-    with a single object) are left out and counted in the log. `target_true` is the old object, case_id the
-    old key. Probes are drawn from prompts with one answer. Raises DataError if nothing is left.
+    with a single object) are left out and counted in the log (level INFO). `target_true` is the old object,
+    case_id the old key. Probes are drawn from prompts with one answer. Raises DataError if nothing is left.
     """
     corpus = list(facts if corpus is None else corpus)
-    objects: dict[str, dict[str, None]] = {}
+    found: dict[str, set[str]] = {}
     taken: dict[str, set[str]] = {}
     for fact in corpus:
-        objects.setdefault(fact.prompt, {})[fact.target] = None
+        found.setdefault(fact.prompt, set()).add(fact.target)
         taken.setdefault(fact.subject, set()).add(fact.target.casefold())
+    objects = {prompt: [(o, o.casefold()) for o in sorted(by)] for prompt, by in found.items()}
     sure = unique_answers(corpus)
     alike, about = collections.defaultdict(list), collections.defaultdict(list)
     for fact in sure:
         alike[fact.prompt, fact.target].append(fact)
         about[fact.subject].append(fact)
-    shapes = _shapes({o for by in objects.values() for o in by}, tokenizer)
+    shapes = _shapes({f.target for f in (*corpus, *facts)}, tokenizer)
 
     requests, without, seen = [], 0, set()
     for fact in facts:
@@ -122,9 +123,9 @@ def counterfactuals(
             continue
         seen.add((fact.prompt, fact.subject))
         wrong = taken.get(fact.subject, set()) | {fact.target.casefold()}
-        pool = [o for o in sorted(objects.get(fact.prompt, ())) if o.casefold() not in wrong]
+        pool = [o for o, folded in objects.get(fact.prompt, ()) if folded not in wrong]
         if tokenizer is not None and pool:
-            size, first = shapes.get(fact.target) or _shape(fact.target, tokenizer)
+            size, first = shapes[fact.target]
             other_first = [o for o in pool if shapes[o][1] != first]
             pool = [o for o in other_first if shapes[o][0] == size] or other_first or pool
         if not pool:
@@ -144,9 +145,7 @@ def counterfactuals(
             )
         )
     if without:
-        log.warning(
-            "%d facts left out: their template has no other object that is wrong for the subject", without
-        )
+        log.info("%d facts left out: no other object of their template is wrong for the subject", without)
     if not requests:
         raise DataError("no counterfactual object for any fact; pass the whole corpus as `corpus`")
     return requests
@@ -159,13 +158,12 @@ def _continues_name(prompt: str) -> bool:
 
 
 def _shapes(objects: Iterable[str], tokenizer) -> dict[str, tuple[int, int]]:
-    return {} if tokenizer is None else {o: _shape(o, tokenizer) for o in objects}
-
-
-def _shape(text: str, tokenizer) -> tuple[int, int]:
-    """(token count capped at 3, first token id) of an object after a blank."""
-    ids = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
-    return min(len(ids), 3), ids[0]
+    """{object: (token count capped at 3, first token id)}, each counted after a blank."""
+    if tokenizer is None:
+        return {}
+    objects = sorted(objects)
+    rows = tokenizer([" " + o for o in objects], add_special_tokens=False)["input_ids"]
+    return {o: (min(len(ids), 3), ids[0]) for o, ids in zip(objects, rows)}
 
 
 def _sample(facts: list[Fact], n: int, rng: np.random.Generator) -> list[Fact]:

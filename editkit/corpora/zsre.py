@@ -29,6 +29,7 @@ def load(
     path: the file; None fetches zsre_mend_eval.json ("rome") or zsre_mend_edit.json ("easyedit").
     form, limit, on_error: see the module and `base.read`. Raises DataError.
 
+    The "?" is added to "nq question: ..." texts, which have none; the official code refuses other texts.
     The slot replaces the first mention of the subject (the official code replaces every mention and cannot
     use prompts with two). `meta` keeps alt, pred, and the answers as a JSON list.
     """
@@ -43,8 +44,6 @@ def load(
         if not answers:
             raise record.error("answers", "is an empty list; the first answer is the correct one")
         loc = record.text("loc")
-        if NQ not in loc:
-            record.note(f"'loc' without {NQ!r}")
         alt = record.text("alt", None) if form == "rome" else record.text("alt")
         if alt == answers[0]:
             record.note("alternative answer equals the correct one")
@@ -59,7 +58,9 @@ def load(
             target=answers[0] if form == "rome" else alt,
             target_true=None if form == "rome" else answers[0],
             paraphrases=(record.text("rephrase"),),
-            locality=(Probe(loc + "?" if form == "rome" else loc, record.text("loc_ans"), kind="nq"),),
+            locality=(
+                Probe(loc + "?" if form == "rome" and NQ in loc else loc, record.text("loc_ans"), kind="nq"),
+            ),
             case_id=str(record.index),
             meta=tuple(sorted((k, str(v)) for k, v in meta.items() if v is not None)),
         )
