@@ -24,6 +24,7 @@ NEUTRAL = "#7A7A7A"
 # Reserved inks; nothing else may use these exact colours. They are dark greys, so a raw SVG stays readable.
 INK, AXIS, GRID = "#232426", "#5c5d5f", "#d9dadb"
 _CSS = {
+    **{color: f"var(--ek-c{i}, {color})" for i, color in enumerate(PALETTE)},  # lighter on dark pages
     INK: f"var(--ek-ink, var(--jp-content-font-color1, {INK}))",
     AXIS: f"var(--ek-axis, var(--jp-content-font-color2, {AXIS}))",
     GRID: f"var(--ek-grid, var(--jp-border-color2, {GRID}))",

@@ -1,4 +1,4 @@
-"""What goes into a run: checked notebooks and parameters, and the hashes that decide whether it is executed."""
+"""What goes into a run: checked notebooks and parameters, and the hashes that decide if it is executed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,396 @@
+"""Sphinx extension of the book: quote numbers, tables and figures of runs, and say where they come from.
+
+Roles and directives read the sidecars that `editkit book` stages beside the pages (`_runs.json`):
+
+    {val}`alias:key`                 a number with its interval, linked to its run
+    {val}`alias:key|bare`            without the interval;   |.2f  with another format
+    {val}`alias@reference:key`       from the committed reference run, not from this one
+    {val}`:key`                      on the page of a run: a number of that run
+
+    ```{run-figure} alias:name       a numbered figure (options: name, reference; content: another caption)
+    ```{run-table} alias:name        a numbered table
+    ```{run-parameters} alias        the parameters of a run     ```{provenance} alias   where it comes from
+    ```{run-results} alias           everything a run recorded   ```{run-list}           all runs of the book
+
+Whatever is missing is a warning, and the book is built with warnings as errors.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+
+from editkit.runs.book import MANIFEST, PAGES
+from editkit.runs.format import format_number, format_value
+
+logger = logging.getLogger(__name__)
+MATHJAX = "tex-svg-full.js"  # one self-contained file: no fonts, no further requests
+_TARGET = re.compile(r"(?P<alias>[a-z0-9][\w.-]*)?(?:@(?P<which>run|reference))?(?::(?P<key>.+))?", re.S)
+
+
+class Lookup(Exception):
+    """A quoted run, number, table or figure does not exist; the message names what there is."""
+
+
+class Runs:
+    """The runs the book may quote: {alias: {"run": sidecar, "reference": sidecar}}."""
+
+    def __init__(self, manifest: dict[str, dict]):
+        self.manifest = manifest
+
+    def find(self, alias: str, which: str | None = None) -> tuple[dict, str]:
+        """(sidecar, "run" or "reference"): `which` if given, else this run, else the reference."""
+        if alias not in self.manifest:
+            raise Lookup(f"there is no run {alias!r}; the book has: {', '.join(self.manifest) or 'none'}")
+        entry = self.manifest[alias]
+        which = which or ("run" if "run" in entry else "reference")
+        if which not in entry:
+            raise Lookup(f"run {alias!r} has no {which} result")
+        return entry[which], which
+
+    def item(self, target: str, kind: str, page: str | None = None) -> tuple[dict, dict, str, str]:
+        """(record, sidecar, alias, which) of "alias[@which]:key" among the values, tables or figures."""
+        match = _TARGET.fullmatch(target.strip())
+        alias = match and (match["alias"] or page)
+        if not match or not alias or not match["key"]:
+            raise Lookup(f"{target!r} should read alias:key")
+        sidecar, which = self.find(alias, match["which"])
+        key = match["key"].strip()
+        if key not in sidecar[kind]:
+            raise Lookup(f"run {alias!r} recorded no {kind[:-1]} {key!r}; it has: {', '.join(sidecar[kind])}")
+        return sidecar[kind][key], sidecar, alias, which
+
+
+def origin(sidecar: dict, which: str) -> str:
+    """One line on where a result comes from."""
+    commit = (sidecar["git"]["commit"] or "no commit")[:8] + ("+changes" if sidecar["git"]["dirty"] else "")
+    kind = "reference run" if which == "reference" else "run"
+    return f"{kind} {sidecar['run_id']}, commit {commit}, {sidecar['started'][:10]}"
+
+
+class Base(SphinxDirective):
+    """What the directives share: access to the runs, links into a run's folder, reporting what is missing."""
+
+    required_arguments = 1
+
+    @property
+    def runs(self) -> Runs:
+        return self.env.app.companion_runs
+
+    @property
+    def page(self) -> str | None:
+        return page_alias(self.env.docname)
+
+    def run(self) -> list[nodes.Node]:
+        try:
+            return self.build()
+        except Lookup as error:
+            logger.warning(str(error), location=self.get_location())
+            return [nodes.paragraph("", f"[missing: {error}]")]
+
+    def file(self, alias: str, which: str, name: str) -> Path:
+        return files_dir(Path(self.env.srcdir), alias, which) / name
+
+    def url(self, alias: str, which: str, name: str) -> str:
+        up = "../" * self.env.docname.count("/")
+        return f"{up}{PAGES}/{alias}/{'reference/' if which == 'reference' else ''}{name}"
+
+    def link(self, text: str, url: str, **attributes) -> nodes.reference:
+        return nodes.reference("", text, refuri=url, internal=True, **attributes)
+
+    def run_link(self, alias: str, text: str) -> nodes.reference:
+        return self.link(text, self.env.app.builder.get_relative_uri(self.env.docname, f"{PAGES}/{alias}"))
+
+    def named(self, node: nodes.Element) -> nodes.Element:
+        self.add_name(node)
+        return node
+
+    def source_line(self, alias: str, which: str, sidecar: dict, data: str | None) -> list[nodes.Node]:
+        """ "Run · data" under a figure or table."""
+        parts = [self.run_link(alias, "reference run" if which == "reference" else "run")]
+        parts[0]["reftitle"] = origin(sidecar, which)
+        if data:
+            parts += [nodes.Text(" · "), self.link("data", self.url(alias, which, data))]
+        return [nodes.inline("", " ("), *parts, nodes.Text(")")]
+
+
+def files_dir(source: Path, alias: str, which: str) -> Path:
+    """Folder of a run's files in the staged sources (and, below the output folder, in the book)."""
+    folder = source / PAGES / alias
+    return folder / "reference" if which == "reference" else folder
+
+
+def page_alias(docname: str) -> str | None:
+    """The alias whose page this is, if it is the page of a run."""
+    head, _, tail = docname.partition("/")
+    return tail if head == PAGES and tail != "index" else None
+
+
+class Val(SphinxRole):
+    """{val}`alias:key`: a recorded number, its interval, a link to its run."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        target, _, option = self.text.partition("|")
+        option = option.strip()
+        runs: Runs = self.env.app.companion_runs
+        try:
+            record, sidecar, alias, which = runs.item(target, "values", page_alias(self.env.docname))
+        except Lookup as error:
+            logger.warning(str(error), location=self.get_location())
+            return [nodes.inline("", f"[missing: {self.text}]", classes=["ek-missing"])], []
+        bare = option == "bare"
+        text = format_value(record, spec=None if bare else option or None, interval=not bare)
+        notes = [origin(sidecar, which)]
+        if record["lo"] is not None:
+            notes.append("[ ] = 95 % interval")
+        if record["n"] is not None:
+            notes.append(f"n = {record['n']:,}")
+        notes += [record["note"]] if record["note"] else []
+        uri = self.env.app.builder.get_relative_uri(self.env.docname, f"{PAGES}/{alias}")
+        node = nodes.reference(
+            "", text, refuri=uri, internal=True, classes=["ek-val"], reftitle="; ".join(notes)
+        )
+        node["companion"] = {"alias": alias, "which": which, "key": target.split(":", 1)[1].strip()}
+        mark = [nodes.superscript("", "ref")] if which == "reference" else []
+        return [node, *mark], []
+
+
+class RunFigure(Base):
+    """A figure of a run, inlined so that it follows the theme, numbered like any figure."""
+
+    option_spec: ClassVar = {"name": directives.unchanged, "class": directives.class_option}
+    has_content = True
+
+    def build(self) -> list[nodes.Node]:
+        record, sidecar, alias, which = self.runs.item(self.arguments[0], "figures", self.page)
+        svg = self.file(alias, which, record["file"]).read_text(encoding="utf-8")
+        figure = nodes.figure("", classes=["ek-figure", *self.options.get("class", [])])
+        figure += nodes.raw("", svg, format="html")
+        caption = nodes.caption("", "")
+        if self.content:
+            caption += self.parse_inline(" ".join(self.content), lineno=self.content_offset)[0]
+        else:
+            caption += nodes.Text(record["caption"])
+        caption += self.source_line(alias, which, sidecar, record["data"])
+        figure += caption
+        return [self.named(figure)]
+
+
+class RunTable(Base):
+    """A table of a run, formatted as in the notebook; options: columns (comma separated), name."""
+
+    option_spec: ClassVar = {"name": directives.unchanged, "columns": directives.unchanged}
+    has_content = True
+
+    def build(self) -> list[nodes.Node]:
+        record, sidecar, alias, which = self.runs.item(self.arguments[0], "tables", self.page)
+        with self.file(alias, which, record["file"]).open(encoding="utf-8", newline="") as handle:
+            rows = list(csv.reader(handle))
+        wanted = [c.strip() for c in self.options.get("columns", "").split(",") if c.strip()] or record[
+            "columns"
+        ]
+        if unknown := [c for c in wanted if c not in record["columns"]]:
+            raise Lookup(f"table {self.arguments[0]} has no columns {unknown}; it has {record['columns']}")
+        places = [record["columns"].index(c) for c in wanted]
+        body = [[cell(row[i], record["fmt"].get(record["columns"][i])) for i in places] for row in rows[1:]]
+        table = make_table(wanted, body)
+        title = nodes.title("", "")
+        if self.content:
+            title += self.parse_inline(" ".join(self.content), lineno=self.content_offset)[0]
+        else:
+            title += nodes.Text(record["caption"])
+        title += self.source_line(alias, which, sidecar, record["file"])
+        table.insert(0, title)
+        return [self.named(table)]
+
+
+def cell(text: str, spec: str | None) -> str:
+    """One CSV cell as printed."""
+    for kind in (int, float):
+        try:
+            return format_number(kind(text), spec)
+        except ValueError:
+            continue
+    return {"": "n/a", "True": "yes", "False": "no"}.get(text, text)
+
+
+def make_table(head: list[str], body: list[list[str | list[nodes.Node]]], classes=()) -> nodes.table:
+    """A docutils table; numbers are set flush right."""
+    group = nodes.tgroup("", cols=len(head))
+    group += [nodes.colspec("", colwidth=1) for _ in head]
+
+    def row(cells, numeric: bool) -> nodes.row:
+        made = nodes.row()
+        for content in cells:
+            right = numeric and isinstance(content, str) and re.match(r"[−∞\d.]", content)
+            paragraph = nodes.paragraph(
+                "", "", *([nodes.Text(content)] if isinstance(content, str) else content)
+            )
+            made += nodes.entry("", paragraph, classes=["ek-num"] if right else [])
+        return made
+
+    group += nodes.thead("", row(head, False))
+    group += nodes.tbody("", *(row(cells, True) for cells in body))
+    return nodes.table("", group, classes=["ek-run-table", *classes])
+
+
+class RunParameters(Base):
+    """The parameters of a run: value, default, meaning."""
+
+    def build(self) -> list[nodes.Node]:
+        sidecar, _ = self.runs.find(self.arguments[0])
+        head = ["parameter", "type", "value", "default", "meaning"]
+        body = []
+        for p in sidecar["parameters"]:
+            value, default = (nodes.literal("", json.dumps(p[key])) for key in ("value", "default"))
+            shown = nodes.strong("", "", value) if p["value"] != p["default"] else value
+            body.append([[nodes.literal("", p["name"])], p["type"], [shown], [default], p["help"]])
+        return [make_table(head, body, ["ek-parameters"])] if body else []
+
+
+class Provenance(Base):
+    """Parameters, commit, versions, hardware, time and downloads of a run, folded."""
+
+    def build(self) -> list[nodes.Node]:
+        alias = self.arguments[0]
+        sidecar, which = self.runs.find(alias)
+        title = nodes.inline("", f"Provenance: {origin(sidecar, which)}")
+        box = nodes.container("", classes=["ek-provenance"])
+        box += nodes.raw("", "<details><summary>", format="html")
+        box += nodes.raw("", title.astext().replace("<", "&lt;"), format="html")
+        box += nodes.raw("", "</summary>", format="html")
+        if sidecar.get("stale"):
+            box += nodes.paragraph("", "Inputs have changed since: " + "; ".join(sidecar["stale"]) + ".")
+        box += make_table(["", ""], [[k, v] for k, v in self.facts(sidecar)], ["ek-facts"])
+        box += self.downloads(alias, which, sidecar)
+        box += nodes.raw("", "</details>", format="html")
+        return [box]
+
+    def facts(self, sidecar: dict) -> list[tuple[str, str]]:
+        machine, memory = sidecar["hardware"], sidecar["peak_memory_mib"]
+        git = sidecar["git"]
+        device = ", ".join(machine["accelerators"]) or "no GPU"
+        gib = f", {machine['memory_gib']:g} GiB" if machine["memory_gib"] else ""
+        peak = f"{memory['host']:,.0f} MiB" if memory["host"] else "n/a"
+        if memory["accelerator"]:
+            peak += f", GPU {memory['accelerator']:,.0f} MiB"
+        parameters = ", ".join(f"{p['name']} = {json.dumps(p['value'])}" for p in sidecar["parameters"])
+        timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in sidecar["timings"].items())
+        rows = [
+            ("notebook", f"{sidecar['notebook']} (study {sidecar['study']})"),
+            ("parameters", parameters or "none"),
+            ("commit", (git["commit"] or "none") + (" with uncommitted changes" if git["dirty"] else "")),
+            ("started, took", f"{sidecar['started']}, {sidecar['wall_seconds']:,.1f} s"),
+            ("timers", timings),
+            ("machine", f"{machine['processor']}, {machine['cores']} cores{gib}, {device}"),
+            ("peak memory", peak),
+            ("versions", ", ".join(f"{name} {version}" for name, version in sidecar["packages"].items())),
+            ("inputs", f"sha256 {sidecar['inputs']['hash']}"),
+        ]
+        return [(name, text) for name, text in rows if text]
+
+    def downloads(self, alias: str, which: str, sidecar: dict) -> nodes.paragraph:
+        files = [("sidecar (JSON)", "run.json")]
+        if which == "run":
+            files.insert(0, ("executed notebook", f"{sidecar['run_id']}.ipynb"))
+            files.insert(1, ("runnable notebook", Path(sidecar["notebook"]).name))
+        files += [(f"table {name}", t["file"]) for name, t in sidecar["tables"].items()]
+        files += [(f"data of {name}", f["data"]) for name, f in sidecar["figures"].items() if f["data"]]
+        line = nodes.paragraph("", "Download: ")
+        for i, (text, file) in enumerate(files):
+            line += [nodes.Text(" · ")] if i else []
+            line += self.link(text, self.url(alias, which, file), classes=["ek-download"])
+        return line
+
+
+class RunResults(Base):
+    """Everything a run recorded: values, tables, figures."""
+
+    def build(self) -> list[nodes.Node]:
+        alias = self.arguments[0]
+        sidecar, which = self.runs.find(alias)
+        made: list[nodes.Node] = []
+        if sidecar["values"]:
+            body = [
+                [
+                    [nodes.literal("", key)],
+                    format_value(v),
+                    f"{v['n']:,}" if v["n"] is not None else "",
+                    v["note"],
+                ]
+                for key, v in sidecar["values"].items()
+            ]
+            made.append(make_table(["key", "value", "n", "note"], body))
+        for kind, directive in (("tables", RunTable), ("figures", RunFigure)):
+            for name in sidecar[kind]:
+                made += directive(
+                    self.name, [f"{alias}@{which}:{name}"], {}, self.content, self.lineno,
+                    self.content_offset, self.block_text, self.state, self.state_machine,
+                ).run()  # fmt: skip
+        return made
+
+
+class RunList(Base):
+    """All runs of the book with notebook, time and state."""
+
+    required_arguments = 0
+
+    def build(self) -> list[nodes.Node]:
+        body = []
+        for alias in self.runs.manifest:
+            sidecar, which = self.runs.find(alias)
+            state = (
+                "reference only"
+                if which == "reference"
+                else ("inputs changed" if sidecar["stale"] else "current")
+            )
+            body.append([[self.run_link(alias, sidecar["title"] or alias)], sidecar["notebook"],
+                         f"{sidecar['wall_seconds']:,.1f} s", sidecar["started"][:10], state])  # fmt: skip
+        if not body:
+            return [nodes.paragraph("", "There are no runs yet.")]
+        return [make_table(["run", "notebook", "wall time", "date", "state"], body)]
+
+
+def load_runs(app: Sphinx) -> None:
+    path = Path(app.srcdir) / MANIFEST
+    app.companion_runs = Runs(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+
+
+def copy_mathjax(app: Sphinx) -> None:
+    """Put MathJax into the book: it is read without network."""
+    found = [f for f in metadata.files("sphinx-mathjax-offline") or () if f.name == MATHJAX]
+    target = Path(app.outdir) / "_static" / "mathjax"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(found[0].locate(), target / MATHJAX)
+
+
+def copy_run_files(app: Sphinx, error: Exception | None) -> None:
+    """Put the downloads (executed notebooks, tables, sidecars) beside the pages."""
+    if error is None and app.builder.format == "html":
+        for alias in app.companion_runs.manifest:
+            source, target = Path(app.srcdir) / PAGES / alias, Path(app.outdir) / PAGES / alias
+            shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def setup(app: Sphinx) -> dict:
+    app.add_role("val", Val())
+    for name, directive in {
+        "run-figure": RunFigure, "run-table": RunTable, "run-parameters": RunParameters,
+        "provenance": Provenance, "run-results": RunResults, "run-list": RunList,
+    }.items():  # fmt: skip
+        app.add_directive(name, directive)
+    app.connect("builder-inited", load_runs)
+    app.connect("builder-inited", copy_mathjax)
+    app.connect("build-finished", copy_run_files)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
