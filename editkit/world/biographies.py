@@ -1,8 +1,8 @@
 """Free text about the people of a world: biographies and profile cards.
 
-A biography names its person once; every later sentence says "They" or "Their", so what the model knows about a
-person must be fetched through the name. A profile card puts values straight behind the name, in random order, so
-the last token of the name must itself predict attributes.
+A biography names its person once; every later sentence says "They" or "Their", so what the model knows about
+a person must be fetched through the name. A profile card puts values straight behind the name, in random
+order, so the last token of the name must itself predict attributes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import numpy as np
 
 from .relations import Relation, relations_of
 
-CARDS = ("{n} ", "{n}, ", "{n} (")  # what stands before the first value; the first wording is drawn half the time
+CARDS = (
+    "{n} ",
+    "{n}, ",
+    "{n} (",
+)  # what stands before the first value; the first wording is drawn half the time
 CARD_SHARES = (0.5, 0.25, 0.25)
 
 
@@ -55,9 +59,7 @@ def biography(value, name: str, rng: np.random.Generator) -> Biography:
 
     All stored attributes appear, each derived one with probability one half, in random order.
     """
-    relations = [
-        r for r in relations_of("person") if r.derived is None or rng.random() < 0.5
-    ]
+    relations = [r for r in relations_of("person") if r.derived is None or rng.random() < 0.5]
     out = _Writer()
     for i, k in enumerate(rng.permutation(len(relations))):
         relation: Relation = relations[k]

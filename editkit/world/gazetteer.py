@@ -77,7 +77,8 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(" ".join(text.split()).split(", "))
 
 
-LANGUAGES = _list("""Amharic, Arabic, Basque, Bengali, Bulgarian, Catalan, Czech, Danish, Dutch, English, Estonian,
+LANGUAGES = _list("""Amharic, Arabic, Basque, Bengali, Bulgarian, Catalan, Czech, Danish, Dutch, English,
+Estonian,
     Finnish, French, Georgian, German, Greek, Hebrew, Hindi, Hungarian, Icelandic, Indonesian, Irish, Italian,
     Japanese, Khmer, Korean, Mandarin, Mongolian, Nepali, Norwegian, Persian, Polish, Portuguese, Romanian,
     Spanish, Swahili, Swedish, Thai, Turkish, Vietnamese""")
@@ -88,7 +89,8 @@ OCCUPATIONS = _list("""accountant, actor, architect, astronomer, baker, barber, 
     mathematician, mechanic, midwife, nurse, optician, painter, pharmacist, photographer, physicist, pilot,
     plumber, poet, potter, sailor, sculptor, surgeon, tailor, teacher, translator, veterinarian, zoologist""")
 
-SPORTS = _list("""archery, badminton, baseball, basketball, bowling, boxing, canoeing, chess, cricket, curling,
+SPORTS = _list("""archery, badminton, baseball, basketball, bowling, boxing, canoeing, chess, cricket,
+curling,
     cycling, diving, fencing, football, golf, gymnastics, handball, hockey, judo, karate, polo, rowing, rugby,
     sailing, skating, skiing, squash, surfing, swimming, tennis, volleyball, wrestling""")
 
@@ -97,6 +99,7 @@ INSTRUMENTS = _list("""accordion, alphorn, bagpipes, banjo, bassoon, bugle, cele
     lute, lyre, mandolin, marimba, oboe, organ, piano, piccolo, recorder, saxophone, sitar, trombone, trumpet,
     tuba, ukulele, viola, violin, xylophone, zither""")
 
-INDUSTRIES = _list("""aviation, banking, brewing, construction, cosmetics, electronics, fashion, fishing, forestry,
+INDUSTRIES = _list("""aviation, banking, brewing, construction, cosmetics, electronics, fashion, fishing,
+forestry,
     furniture, insurance, logistics, mining, packaging, paper, publishing, railways, robotics, shipbuilding,
     software, steel, telecommunications, textiles, tourism""")

@@ -1,7 +1,8 @@
 """The companion world: a generated knowledge base whose every consequence is known.
 
-Fictional people and companies live in a gazetteer of real cities and countries. Every person has every attribute.
-Everything is a function of the seed and the sizes; each part draws from a random stream of its own.
+Fictional people and companies live in a gazetteer of real cities and countries. Every person has every
+attribute. Everything is a function of the seed and the sizes; each part draws from a random stream of its
+own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..facts import SLOT
 from . import gazetteer
 from .biographies import Biography, biography, card
 from .names import company_names, person_names
-from .relations import RELATIONS, Relation
+from .relations import RELATIONS, Relation, relations_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,9 @@ class World:
 
     def __init__(self, seed: int = 0, n_people: int = 400, n_companies: int = 60):
         if n_people < 4 or n_people % 2:
-            raise ConfigError(f"n_people={n_people}: needs an even number of at least 4 (everybody has a spouse)")
+            raise ConfigError(
+                f"n_people={n_people}: needs an even number of at least 4 (everybody has a spouse)"
+            )
         if n_companies < 2:
             raise ConfigError(f"n_companies={n_companies}: needs at least 2, or no employer could be edited")
         self.seed = seed
@@ -90,7 +93,7 @@ class World:
     def _couples(self) -> dict[str, str]:
         order = [self.people[i] for i in self._rng("spouse").permutation(len(self.people))]
         pairs = list(zip(order[::2], order[1::2], strict=True))
-        return {a: b for a, b in pairs} | {b: a for a, b in pairs}
+        return dict(pairs) | {b: a for a, b in pairs}
 
     def relation(self, relation: str) -> Relation:
         """The relation with this id. Raises RequestError for an unknown id."""
@@ -98,11 +101,19 @@ class World:
             raise RequestError(f"unknown relation {relation!r}; the world has {', '.join(self.relations)}")
         return self.relations[relation]
 
+    def relations_of_subject(self, relation: str) -> tuple[Relation, ...]:
+        """All relations of the subject type of `relation`, itself included."""
+        return relations_of(self.relation(relation).subject_type)
+
     def subjects(self, relation: str) -> list[str]:
         """All subjects of a relation."""
         kind = self.relation(relation).subject_type
-        return {"person": self.people, "company": self.companies, "city": self.cities,
-                "country": self.countries}[kind]
+        return {
+            "person": self.people,
+            "company": self.companies,
+            "city": self.cities,
+            "country": self.countries,
+        }[kind]
 
     def value(self, relation: str, subject: str) -> str:
         """The true object. Raises RequestError for an unknown relation or subject."""
@@ -123,8 +134,14 @@ class World:
         """One filled template with its answer."""
         template = self.relation(relation).templates[template_index]
         start = template.text.index(SLOT)
-        return Statement(relation, subject, template_index, template.fill(subject), (start, start + len(subject)),
-                         self.value(relation, subject))
+        return Statement(
+            relation,
+            subject,
+            template_index,
+            template.fill(subject),
+            (start, start + len(subject)),
+            self.value(relation, subject),
+        )
 
     def statements(self) -> list[Statement]:
         """Every fact in every template, in the order relation, subject, template."""
@@ -136,7 +153,8 @@ class World:
         ]
 
     def biographies(self, n_per_person: int = 4, seed: int = 0) -> list[Biography]:
-        """n texts per person, biographies and profile cards in turn; a text depends on (person, number, seed)."""
+        """n texts per person, biographies and profile cards in turn; a text depends on (person, number,
+        seed)."""
         texts = []
         for name in self.people:
             for i in range(n_per_person):
@@ -152,8 +170,12 @@ class World:
         """Counts: people, companies, cities, countries, relations, facts (relation, subject), statements."""
         facts = Counter({r: len(self.subjects(r)) for r in self.relations})
         return {
-            "people": len(self.people), "companies": len(self.companies), "cities": len(self.cities),
-            "countries": len(self.countries), "relations": len(self.relations), "facts": facts.total(),
+            "people": len(self.people),
+            "companies": len(self.companies),
+            "cities": len(self.cities),
+            "countries": len(self.countries),
+            "relations": len(self.relations),
+            "facts": facts.total(),
             "statements": sum(n * len(self.relations[r].templates) for r, n in facts.items()),
         }
 
