@@ -3,8 +3,8 @@
     class MyConfig(Config):
         lam: float = option(15000.0, "weight of the second moment", source="MEMIT eq. 15", low=0)
 
-Unknown keys are refused with the nearest known name; values are checked for type and range when an instance is
-made, so a misspelt or impossible setting never survives until the end of a long run.
+Unknown keys are refused with the nearest known name; values are checked for type and range when an instance
+is made, so a misspelt or impossible setting never survives until the end of a long run.
 """
 
 from __future__ import annotations
@@ -69,6 +69,16 @@ class Config:
         """Plain JSON-able values."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
+    @staticmethod
+    def with_fields(name: str, source: type[Config], prefix: str) -> type[Config]:
+        """A new Config class with the fields of `source`, their names prefixed: to flatten nested options."""
+        hints = _hints(source)
+        fields = [
+            (prefix + f.name, hints[f.name], dataclasses.field(default=f.default, metadata=f.metadata))
+            for f in dataclasses.fields(source)
+        ]
+        return dataclasses.make_dataclass(name, fields, bases=(Config,), frozen=True, kw_only=True)
+
     @classmethod
     def describe(cls) -> list[dict[str, Any]]:
         """One row per field: name, default, description, source (the table a page or a help text shows)."""
@@ -103,7 +113,7 @@ def _plain(value: Any) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """The value in the type of the annotation (int for float and list for tuple are taken), or ConfigError."""
+    """The value in the annotation's type (int for float and list for tuple are taken), or ConfigError."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

@@ -61,9 +61,11 @@ def describe_facts(facts: Sequence[Fact]) -> list[dict[str, str]]:
 class Delta:
     """The change that an edit made to a model.
 
-    before, after: parameter name -> tensor in the model's orientation. `before` is a bit-exact copy in the stored
-                 dtype, `after` the new value in at least float32 (cast once to the stored dtype when applied).
-    editor, config: name and options of the editor.   facts: the edit requests (case_id, prompt, subject, target).
+    before, after: parameter name -> tensor in the model's orientation. `before` is a bit-exact copy in the
+                 stored dtype, `after` the new value in at least float32 (cast once to the stored dtype when
+                 applied).
+    editor, config: name and options of the editor.   facts: the edit requests (case_id, prompt, subject,
+                    target).
     base:        sha256 of the model without the parameters in `before`; these are compared themselves.
     metadata:    JSON-able details, e.g. "cast_loss" per parameter for models below float32.
     """
@@ -97,8 +99,8 @@ class Delta:
         self._check_shapes(lm)
         if self.base and lm.fingerprint(exclude=self.names) != self.base:
             raise ModelError(
-                f"this edit belongs to another base model than {lm.name} (or other parameters of it have changed); "
-                "load the model it was made on, or restore the other edits first"
+                f"this edit belongs to another base model than {lm.name} (or other parameters of it have "
+                "changed); load the model it was made on, or restore the other edits first"
             )
 
     def _check_shapes(self, lm: LM) -> None:
@@ -120,8 +122,8 @@ class Delta:
             return
         if not carries(lm, self.before):
             raise ModelError(
-                f"the weights of {lm.name} differ from those this {self.editor} edit was made on; restore the edits "
-                "made since, or apply the edits of a sequence in their order"
+                f"the weights of {lm.name} differ from those this {self.editor} edit was made on; restore "
+                "the edits made since, or apply the edits of a sequence in their order"
             )
         write(lm, self.after)
 
@@ -135,14 +137,16 @@ class Delta:
             return
         if not carries(lm, self.after):
             raise ModelError(
-                f"the weights of {lm.name} have changed since this {self.editor} edit; restore the later edits first"
+                f"the weights of {lm.name} have changed since this {self.editor} edit; "
+                "restore the later edits first"
             )
         write(lm, self.before)
 
     @contextmanager
     def applied(self, lm: LM) -> Iterator[LM]:
-        """`with delta.applied(lm):` has the edit inside and the weights without it afterwards, also after errors
-        and when the model carried the edit already."""
+        """`with delta.applied(lm):` has the edit inside and the weights without it afterwards, also after
+        errors and when the model carried the edit already.
+        """
         self.apply(lm)
         try:
             yield lm
@@ -152,10 +156,14 @@ class Delta:
     def then(self, later: Delta) -> Delta:
         """This edit followed by a later one of the same parameters, as one edit."""
         if self.before.keys() != later.before.keys() or self.base != later.base:
-            raise ConfigError("these edits change different parameters or models; apply them one after the other")
+            raise ConfigError(
+                "these edits change different parameters or models; apply them one after the other"
+            )
         for name, stored in later.before.items():
             if not torch.equal(self.after[name].to(stored), stored):
-                raise ModelError(f"the later edit does not start where this one ends ({name}); give them in order")
+                raise ModelError(
+                    f"the later edit does not start where this one ends ({name}); give them in order"
+                )
         editor = self.editor if self.editor == later.editor else f"{self.editor}+{later.editor}"
         return Delta(
             before=self.before, after=later.after, editor=editor, config=later.config,
@@ -163,11 +171,21 @@ class Delta:
         )  # fmt: skip
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write as one safetensors file: tensors before:NAME and after:NAME, everything else as JSON metadata."""
+        """Write as one safetensors file: tensors before:NAME and after:NAME, everything else as JSON
+        metadata.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{part}:{k}": v.cpu().contiguous() for part in ("before", "after") for k, v in getattr(self, part).items()}
-        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("before", "after")}
+        tensors = {
+            f"{part}:{k}": v.cpu().contiguous()
+            for part in ("before", "after")
+            for k, v in getattr(self, part).items()
+        }
+        rest = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("before", "after")
+        }
         part = path.with_name(path.name + ".part")
         save_file(tensors, part, metadata={"format": _FORMAT, "delta": json.dumps(rest, sort_keys=True)})
         os.replace(part, path)
@@ -191,7 +209,9 @@ class Delta:
         return cls(**parts, **json.loads(meta["delta"]))
 
     def merge(self, lm: LM, out_dir: str | os.PathLike) -> Path:
-        """Write the edited model and its tokenizer as a Hugging Face checkpoint; `lm` is left as it was found."""
+        """Write the edited model and its tokenizer as a Hugging Face checkpoint; `lm` is left as it was
+        found.
+        """
         out_dir = Path(out_dir)
         found = snapshot(lm, self.names)
         self.apply(lm)

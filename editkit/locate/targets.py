@@ -1,10 +1,11 @@
-"""Target values: the hidden state that makes the model say the new object (MEMIT equation 16, ROME equation 4).
+"""Target values: the hidden state that makes the model say the new object (MEMIT equation 16, ROME equation
+4).
 
-A vector delta is added to the output of a block (MEMIT) or of an MLP (ROME) at the lookup token, and optimised by
-Adam so that the target follows the prompt in every context, while the next-token distribution after
-"{subject} is a" stays (KL term) and delta stays short. All facts of a batch are optimised in one forward and one
-backward pass per step: their losses do not interact and Adam works elementwise, so each fact takes exactly the
-steps it would take alone.
+A vector delta is added to the output of a block (MEMIT) or of an MLP (ROME) at the lookup token, and
+optimised by Adam so that the target follows the prompt in every context, while the next-token distribution
+after "{subject} is a" stays (KL term) and delta stays short. All facts of a batch are optimised in one
+forward and one backward pass per step: their losses do not interact and Adam works elementwise, so each fact
+takes exactly the steps it would take alone.
 
 Symbols: m value width, n facts, h_i state of fact i before editing, z_i = h_i + delta_i.
 """
@@ -35,11 +36,14 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetConfig(Config):
-    """How targets are optimised. Defaults are MEMIT's for GPT2-XL; released figures of other models are in the
-    papers' hyper-parameter files. Released choices that differ from the obvious reading are options here."""
+    """How targets are optimised. Defaults are MEMIT's for GPT2-XL; released figures of other models are in
+    the papers' hyper-parameter files. Released choices that differ from the obvious reading are options here.
+    """
 
     lr: float = option(0.5, "Adam's step size", source="v_lr", above=0)
-    steps: int = option(20, "evaluations of the loss, one more than Adam steps", source="v_num_grad_steps", low=1)
+    steps: int = option(
+        20, "evaluations of the loss, one more than Adam steps", source="v_num_grad_steps", low=1
+    )
     weight_decay: float = option(0.5, "weight of the length penalty", source="v_weight_decay", low=0)
     clamp_factor: float | None = option(
         0.75, "longest ||delta|| in units of ||h||; None: no limit", source="clamp_norm_factor", above=0
@@ -51,13 +55,17 @@ class TargetConfig(Config):
         "model's own logits", source="v_loss_layer", low=0
     )  # fmt: skip
     decay_form: Literal["norm_over_norm2", "norm2_over_norm2"] = option(
-        "norm_over_norm2", "||delta|| / ||h||^2 as released, or its square-over-square form", source="released code"
+        "norm_over_norm2",
+        "||delta|| / ||h||^2 as released, or its square-over-square form",
+        source="released code",
     )
     kl_direction: Literal["edited_original", "original_edited"] = option(
         "edited_original", "KL(edited || original) as in ROME equation 4 and as released, or the reverse"
     )
     kl_prompt: str = option("{} is a", "prompt of the KL term", source="ROME section 3.1")
-    final_step: bool = option(False, "take an Adam step also after the last evaluation (not so in released code)")
+    final_step: bool = option(
+        False, "take an Adam step also after the last evaluation (not so in released code)"
+    )
     tokens_per_batch: int = option(8192, "rows x longest row of one forward pass", low=1)
 
 
@@ -80,11 +88,13 @@ class TargetResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Encoded rows of all facts, fact-major: per fact one row per context (prompt and target), then the KL row.
+class TargetRows:
+    """Encoded rows of all facts, fact-major: per fact one row per context (prompt and target), then the KL
+    row if any.
 
     positions: (n, rows) lookup column of each row.   lengths: (n,) longest row.
-    places:    per fact a LongTensor (t, 3) of target tokens: row inside the fact, column that predicts, token.
+    places:    per fact a LongTensor (t, 3) of target tokens: row inside the fact, column that predicts,
+               token.
     """
 
     encoding: Encoding
@@ -97,7 +107,7 @@ class _Rows:
         return self.positions.shape[1]
 
     def take(self, facts: Sequence[int]) -> tuple[Encoding, Tensor, Tensor]:
-        """Encoding, lookup columns (flat) and target tokens (t, 4: fact, row, column, token) of some facts."""
+        """Encoding, lookup columns (flat), target tokens (t, 4: fact, row, column, token) of some facts."""
         R = self.per_fact
         encoding, left = self.encoding.take([f * R + r for f in facts for r in range(R)])
         places = [
@@ -110,16 +120,28 @@ class _Rows:
         return encoding, self.positions[list(facts)].reshape(-1) - left, places
 
 
-def _encode(lm: LM, facts: Sequence[Fact], contexts: ContextTemplates, token: Where, kl_prompt: str) -> _Rows:
-    """Tokenize prompt and target as one text; by character offsets a token is the target's if it ends behind the
-    prompt. The last target token is predicted but never read, so it is masked like padding."""
+def encode_targets(
+    lm: LM,
+    facts: Sequence[Fact],
+    contexts: ContextTemplates,
+    token: Where = "subject_last",
+    kl_prompt: str | None = None,
+) -> TargetRows:
+    """Tokenize prompt and target as one text; by character offsets a token is the target's if it ends behind
+    the prompt. The last target token is predicted but never read, so it is masked like padding.
+
+    With `kl_prompt` each fact gets one more row, without a target. Raises RequestError naming prompt and
+    subject.
+    """
     pairs, cuts = [], []
     for fact in facts:
         for filled in contexts.fill(fact.prompt):
             pairs.append((f"{filled} {fact.target.strip()}", fact.subject))
-            cuts.append(len(filled) - 2 + len(fact.subject))  # characters of the filled prompt; the slot has two
-        pairs.append((kl_prompt, fact.subject))
-        cuts.append(-1)
+            # Characters of the filled prompt; the slot itself has two.
+            cuts.append(len(filled) - 2 + len(fact.subject))
+        if kl_prompt is not None:
+            pairs.append((kl_prompt, fact.subject))
+            cuts.append(-1)
     encoding, first, last = find_spans(lm, pairs)
     begin, end = encoding.offsets.unbind(-1)
     cut = torch.tensor(cuts, device=end.device)[:, None]
@@ -130,9 +152,10 @@ def _encode(lm: LM, facts: Sequence[Fact], contexts: ContextTemplates, token: Wh
     where = {
         "subject_last": last, "subject_first": first, "subject_first_after": last + 1, "last": prompt_last,
     }[token]  # fmt: skip
-    per_fact = len(contexts.flat) + 1
+    per_fact = len(contexts.flat) + (kl_prompt is not None)
     if token in ("last", "subject_first_after"):
-        # Such a token carries the relation of its own prompt; drift of the subject is measured at the subject.
+        # Such a token carries the relation of its own prompt; drift of the subject is measured at the
+        # subject.
         kl_row = (cut < 0)[:, 0]
         where = torch.where(kl_row, last, where)
     bad = where > prompt_last
@@ -150,7 +173,7 @@ def _encode(lm: LM, facts: Sequence[Fact], contexts: ContextTemplates, token: Wh
     stop = encoding.lengths.tolist()
     for i, cols in enumerate(found):
         fact, row = divmod(i, per_fact)
-        if row == per_fact - 1:
+        if cuts[i] < 0:
             continue
         if not cols or cols[0] == 0:
             raise RequestError(
@@ -162,7 +185,7 @@ def _encode(lm: LM, facts: Sequence[Fact], contexts: ContextTemplates, token: Wh
     encoding["attention_mask"] = (columns < torch.tensor(stop, device=columns.device)[:, None]).long()
     lengths = encoding.attention_mask.sum(-1).reshape(len(facts), per_fact).amax(-1).tolist()
     positions = where.reshape(len(facts), per_fact)
-    return _Rows(encoding, positions, lengths, [torch.tensor(p, device=last.device) for p in places])
+    return TargetRows(encoding, positions, lengths, [torch.tensor(p, device=last.device) for p in places])
 
 
 @torch.enable_grad()
@@ -171,7 +194,8 @@ def _evaluate(
     start: dict[str, Tensor], n_rows: int, cfg: TargetConfig,
 ) -> Tensor:  # fmt: skip
     """Losses (facts, 4) of the current delta (facts, m). The first call fills `start` with h and the original
-    distribution of the KL row."""
+    distribution of the KL row.
+    """
     encoding, columns, places = batch
     edited, read, end = names
     n = delta.shape[0]
@@ -217,7 +241,13 @@ def _evaluate(
 
 
 def _optimize(
-    lm: LM, rows: _Rows, facts: list[int], names: tuple[str, str, str], width: int, cfg: TargetConfig, label
+    lm: LM,
+    rows: TargetRows,
+    facts: list[int],
+    names: tuple[str, str, str],
+    width: int,
+    cfg: TargetConfig,
+    label,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """delta (b, m), h (b, m) and losses (b, steps, 4) of one batch of facts."""
     device = rows.positions.device
@@ -239,8 +269,8 @@ def _optimize(
         if not torch.isfinite(seen[:, 0]).all():
             bad = facts[int(active[~torch.isfinite(seen[:, 0])][0])]
             raise NumericsError(
-                f"the loss of {label(bad)} is NaN or Inf at step {step}; lower the step size (lr = {cfg.lr:g}) "
-                "or load the model in float32"
+                f"the loss of {label(bad)} is NaN or Inf at step {step}; lower the step size "
+                f"(lr = {cfg.lr:g}) or load the model in float32"
             )
         keep = seen[:, 0] >= cfg.loss_threshold
         if not keep.any() or (step == cfg.steps - 1 and not cfg.final_step):
@@ -285,10 +315,10 @@ def optimize_targets(
     """Targets of all facts at one layer, on the current weights.
 
     layer:  block whose output ("block", MEMIT) or MLP output ("mlp", ROME) is optimised.
-    token:  lookup token in the prompt. The KL prompt is edited at its subject: at the same token of the subject, and
-            at the last one for lookup tokens outside it.
-    Facts are batched under `cfg.tokens_per_batch`; a fact that has reached the loss threshold takes no further
-    steps and leaves the batch.
+    token:  lookup token in the prompt. The KL prompt is edited at its subject: at the same token of the
+            subject, and at the last one for lookup tokens outside it.
+    Facts are batched under `cfg.tokens_per_batch`; a fact that has reached the loss threshold takes no
+    further steps and leaves the batch.
 
     Raises RequestError (subject, slot, target), ModelError (layer), NumericsError (loss NaN or Inf).
     """
@@ -304,7 +334,7 @@ def optimize_targets(
     read = lm.check_layer(last if cfg.loss_layer is None else max(cfg.loss_layer, layer))
     edited = lm.block_name(layer) if module == "block" else lm.mlp_name(layer)
     names = (edited, lm.block_name(read), lm.block_name(last if cfg.kl_factor else read))
-    rows = _encode(lm, facts, ContextTemplates.of(contexts), token, cfg.kl_prompt)
+    rows = encode_targets(lm, facts, ContextTemplates.of(contexts), token, cfg.kl_prompt)
     width = lm.weight_shape(layer)[0]
     z = torch.empty(len(facts), width, dtype=torch.float64, device=lm.device(layer))
     init = torch.empty_like(z)

@@ -1,0 +1,144 @@
+"""Sequential editing as one least-squares problem: a prior and a history (Labyrinth section 3).
+
+Per layer the editors here solve  Delta C_t = R K^T - E,  C_t = M_0 + S_{t-1} + K K^T, where
+
+    M_0  is the method's prior (MEMIT: lam C0; AlphaEdit: a ridge on the null space of C0),
+    S    are the keys of earlier batches if `history` is on, else zero: every batch starts from the prior,
+    E    is zero, or the feedback of methods that do not write Delta as solved (`postprocessed`).
+
+With history the sequence of batches equals the one-time edit of all facts, exactly for a single layer with
+fixed keys and targets (book, derivation of the Labyrinth).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import option
+from ..errors import ConfigError
+from ..facts import Fact
+from ..linear.conflicts import EditStream
+from ..linear.engines import make_engine
+from .locate_then_edit import LayerwiseEditor, LocateConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AccumulateConfig(LocateConfig):
+    """Options of the methods whose solve is an accumulated least-squares step."""
+
+    history: bool = option(False, "keep the keys of earlier edits in the solve", source="Labyrinth Lemma 3.1")
+    engine: Literal["direct", "inverse", "cholesky", "keys"] = option(
+        "direct",
+        "how the accumulated Gram matrix is kept solvable (linear.recursive); same result, other cost",
+    )
+    conflicts: Literal["append", "replace", "refuse"] = option(
+        "append",
+        "a fact (relation or prompt, subject) written before: keep both values (as published), retire the "
+        "old one, or raise RequestError; the last two store d + m numbers per fact and layer",
+        source="Labyrinth Proposition 3.5",
+    )  # fmt: skip
+
+
+def fact_id(fact: Fact) -> str:
+    """What makes two requests the same fact: relation (or prompt) and subject."""
+    return json.dumps([fact.relation or fact.prompt, fact.subject], ensure_ascii=False)
+
+
+class AccumulateEditor(LayerwiseEditor):
+    """Base of MEMIT, AlphaEdit, RECT and PRUNE, with and without history."""
+
+    Config = AccumulateConfig
+    config: AccumulateConfig
+
+    @abstractmethod
+    def prior(self, layer: int) -> tuple[Tensor | float, Tensor | None]:
+        """M_0 as a (d, d) matrix or a scalar ridge, and an orthonormal basis (d, r) of allowed updates or
+        None.
+        """
+
+    def check(self) -> None:
+        super().check()
+        cfg = self.config
+        if cfg.conflicts != "append" and not cfg.history:
+            raise ConfigError(
+                f"conflicts={cfg.conflicts!r} needs history=True: without it nothing is remembered"
+            )
+        if cfg.history and list(cfg.layers) != sorted(cfg.layers):
+            raise ConfigError(
+                f"layers = {list(cfg.layers)}: with history they must ascend, else stored keys of a layer "
+                "change when a lower one is written after it"
+            )
+
+    @property
+    def remembers(self) -> bool:
+        return self.config.history
+
+    def reset_history(self) -> None:
+        self.streams: dict[int, EditStream] = {}
+
+    def stream(self, layer: int) -> EditStream:
+        """The layer's accumulated constraints; a fresh one at every call if history is off."""
+        if self.config.history and layer in self.streams:
+            return self.streams[layer]
+        M0, basis = self.prior(layer)
+        d = self.lm.weight_shape(layer)[1]
+        tag = f"layer {layer} of {list(self.config.layers)}"
+        engine = make_engine(self.config.engine, M0, d, basis=basis, tag=tag)
+        stream = EditStream(engine, self.config.conflicts)
+        if self.config.history:
+            self.streams[layer] = stream
+        return stream
+
+    def solve(
+        self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor, E: Tensor | None = None
+    ) -> Tensor:
+        """Delta (m, d); the batch joins the history. E (m, d) is subtracted from the right-hand side."""
+        self._broken = self.remembers
+        stream = self.stream(layer)
+        if self.config.conflicts == "append":
+            return stream.engine.add(K, R, E)
+        return stream.write([fact_id(f) for f in facts], K, R + W @ K, W, E)
+
+    def step(self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor) -> Tensor:
+        Delta = self.solve(facts, layer, K, R, W)
+        self.record(f"upd_{layer}", Delta)
+        return Delta
+
+    def history(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for layer, stream in self.streams.items():
+            state = stream.state_dict()
+            values[str(layer)] = {
+                "meta": state["engine"]["meta"],
+                "ids": state["ids"],
+                "policy": state["policy"],
+            }
+            tensors |= {f"engine.{layer}.{k}": v for k, v in state["engine"]["tensors"].items()}
+            tensors |= {f"pairs.{layer}.{k}": state[k] for k in ("K", "V") if k in state}
+        return values, tensors
+
+    def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for key, saved in values.items():
+            layer = int(key)
+            pairs = {k: v.to(self.lm.device(layer)) for k, v in part(tensors, f"pairs.{layer}.").items()}
+            engine = {"meta": saved["meta"], "tensors": part(tensors, f"engine.{layer}.")}
+            self.stream(layer).load_state_dict({"engine": engine, "ids": saved["ids"], **pairs})
+
+    def gram(self, layer: int) -> Tensor:
+        """C_t (d, d) of a layer's history, on the basis if there is one (U U^T C_t U U^T); M_0 before any
+        edit.
+        """
+        engine = self.stream(layer).engine
+        return engine.times(torch.eye(engine.d, dtype=torch.float64, device=engine.device))
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

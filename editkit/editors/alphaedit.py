@@ -1,0 +1,101 @@
+"""AlphaEdit (Fang et al. 2025): edits restricted to the null space of the second moment.
+
+Per layer  Delta (S + K K^T + L2 I) P = R K^T P  on the directions P in which C0 has next to no energy. As the
+Labyrinth shows (Proposition 3.2), what keeps long sequences exact is the history S, not P; `history=False` is
+the ablation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import option
+from ..errors import ConfigError
+from ..facts import Fact
+from ..linear.normal import Projector, alphaedit_update, null_projector
+from .accumulate import AccumulateConfig, AccumulateEditor, part
+from .base import register
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlphaEditConfig(AccumulateConfig):
+    """Options of AlphaEdit."""
+
+    history: bool = option(True, "keep the keys of earlier edits in the solve", source="cache_c")
+    threshold: float = option(
+        0.02, "eigenvalues of C0 below it span the null space; absolute, so the rank depends on the model",
+        source="nullspace_threshold", above=0,
+    )  # fmt: skip
+    ridge: float = option(10.0, "weight of ||Delta||^2", source="L2", low=0)
+    lam: float = option(0.0, "weight of C0 kept inside the null space (0: dropped, as published)", low=0)
+    solver: Literal["symmetric", "released"] = option(
+        "symmetric",
+        "float64 r x r Cholesky, or the float32 non-symmetric d x d solve and float32 cache as released",
+    )  # fmt: skip
+
+
+@register
+class AlphaEdit(AccumulateEditor):
+    """Null-space constrained editing, with history unless switched off."""
+
+    name = "alphaedit"
+    Config = AlphaEditConfig
+    config: AlphaEditConfig
+
+    def check(self) -> None:
+        super().check()
+        cfg = self.config
+        if cfg.solver == "released" and (cfg.conflicts != "append" or cfg.lam or not cfg.ridge):
+            raise ConfigError(
+                "solver='released' knows no conflicts and no lam, and needs ridge > 0; use 'symmetric'"
+            )
+        for layer in cfg.layers:
+            self.second_moment(layer)
+
+    def reset_history(self) -> None:
+        super().reset_history()
+        self._caches: dict[int, Tensor] = {}  # float32 sums of k k^T of the released solver
+        self._projectors: dict[int, Projector] = getattr(self, "_projectors", {})
+
+    def projector(self, layer: int) -> Projector:
+        """P and its basis U (d, r); kept by the instance. Raises NumericsError if no eigenvalue is small
+        enough.
+        """
+        if layer not in self._projectors:
+            self._projectors[layer] = null_projector(self.second_moment(layer), self.config.threshold)
+        return self._projectors[layer]
+
+    def prior(self, layer: int) -> tuple[Tensor | float, Tensor]:
+        cfg = self.config
+        U = self.projector(layer).U
+        if not cfg.lam:
+            return torch.tensor(cfg.ridge, dtype=torch.float64, device=U.device), U
+        C0 = self.second_moment(layer)
+        return cfg.lam * C0 + cfg.ridge * torch.eye(len(C0), dtype=C0.dtype, device=C0.device), U
+
+    def solve(
+        self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor, E: Tensor | None = None
+    ) -> Tensor:
+        if self.config.solver == "symmetric":
+            return super().solve(facts, layer, K, R, W, E)
+        self._broken = self.remembers
+        S = self._caches.get(layer)
+        Delta = alphaedit_update(
+            K, R, self.projector(layer), S, self.config.ridge, form="released", dtype=torch.float32
+        )
+        if self.config.history:
+            G = (K @ K.T).float()
+            self._caches[layer] = G if S is None else S + G
+        return Delta
+
+    def history(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, tensors = super().history()
+        return values, tensors | {f"cache.{layer}": S for layer, S in self._caches.items()}
+
+    def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().load_history(values, tensors)
+        self._caches = {int(k): S.to(self.lm.device(int(k))) for k, S in part(tensors, "cache.").items()}

@@ -1,0 +1,95 @@
+"""ROME (Meng et al. 2022): one fact, one layer, one rank-one update.
+
+    u = C^{-1} k / ||C^{-1} k||,    W <- W + (v - W k) u^T / (k . u),    so that W k = v  (equation 2)
+
+k is the mean key over context templates, v the MLP output that makes the model say the new object. Facts of a
+batch are written one after the other, each on the weights the former ones left. Released behaviour that
+differs from the paper: `key="released"` takes u from the mean key but imposes v at the bare prompt's key
+(cause of model collapse; the paper's form is what R-ROME restored).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import option
+from ..errors import ConfigError
+from ..facts import Fact
+from ..hooks import submodule
+from ..linear.normal import rome_direction, rome_update
+from ..locate.keys import compute_keys
+from ..locate.targets import optimize_targets
+from ..progress import bar
+from .base import register
+from .locate_then_edit import LocateConfig, LocateEditor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ROMEConfig(LocateConfig):
+    """Options of ROME."""
+
+    z_clamp_factor: float | None = option(
+        4.0, "longest ||delta|| in units of ||m||", source="clamp_norm_factor", above=0
+    )
+    n_contexts: int = option(
+        20, "sampled context templates beside the bare prompt", source="ROME code", low=0
+    )
+    whiten: bool = option(True, "whiten the key with C0 (else u = k / ||k||)", source="mom2_adjustment")
+    key: Literal["mean", "released"] = option(
+        "mean", "key at which v is imposed: the mean over contexts, or the bare prompt's as released"
+    )
+
+
+@register
+class ROME(LocateEditor):
+    """Rank-one model editing."""
+
+    name = "rome"
+    Config = ROMEConfig
+    config: ROMEConfig
+
+    def check(self) -> None:
+        super().check()
+        if len(self.config.layers) != 1:
+            raise ConfigError(
+                f"ROME edits one layer, got layers = {list(self.config.layers)}; choose one, or use memit"
+            )
+        if self.config.whiten:
+            self.second_moment(self.config.layers[0])
+
+    def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
+        for fact in bar(facts, f"ROME, {len(facts)} facts"):
+            self.write_fact(fact)
+        return {}
+
+    def write_fact(self, fact: Fact) -> None:
+        cfg, lm, layer = self.config, self.lm, self.config.layers[0]
+        contexts = self.templates()
+        C0 = self.second_moment(layer) if cfg.whiten else None
+
+        def key(templates, average: str) -> Tensor:
+            return compute_keys(
+                lm, [fact], layer, token=cfg.token, contexts=templates, average=average,
+                tokens_per_batch=cfg.tokens_per_batch,
+            )[:, 0]  # fmt: skip
+
+        mean = key(contexts, "flat")
+        u = rome_direction(C0, mean)
+        found = optimize_targets(
+            lm, [fact], layer, cfg.targets, contexts=contexts, token=cfg.token, module="mlp"
+        )
+        v = found.z[:, 0]
+        k = mean if cfg.key == "mean" else key(None, "flat")
+        # The MLP's output is W k + b: what is left for W k is v - b.
+        bias = getattr(submodule(lm.model, lm.down_name(layer)), "bias", None)
+        b = torch.zeros_like(v) if bias is None else bias.detach().to(v)
+        W = self.matrix(layer)
+        Delta = rome_update(W, k, v - b, u)
+        recorded = {"key": mean, "u": u, "v": v, "losses": found.losses[0], "imposed_key": k, "upd": Delta}
+        for name, value in recorded.items():
+            self.record(name, value)
+        self.set_matrix(layer, W + Delta)
