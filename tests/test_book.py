@@ -1,0 +1,423 @@
+"""The book: the gate before it, the numbers in it, and pages that need nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from editkit.errors import ConfigError, DataError
+from editkit.runs import book
+from editkit.runs import notebook as nb
+from editkit.runs.format import format_value
+from editkit.runs.inputs import input_record, prepare
+from editkit.runs.layout import Layout
+from editkit.runs.study import load_study
+
+pytestmark = pytest.mark.xdist_group("book")
+
+ROOT = Path(__file__).resolve().parents[1]
+SVG = '<svg width="100%" role="img"><title>t</title><path style="stroke: var(--ek-ink, #232426)"/></svg>'
+PAGE = """\
+# Welcome
+
+The score is {val}`demo:score`, bare {val}`demo:score|bare`, coarse {val}`demo:score|.0%`,
+once {val}`demo@reference:score`, elsewhere {val}`elsewhere:seconds`.
+See {numref}`fig-demo` and {numref}`tab-demo`.
+
+$$ W + \\Delta = \\operatorname{argmin}_A f(A) $$
+
+```{run-figure} demo:curve
+:name: fig-demo
+```
+
+```{run-table} demo:scores
+:name: tab-demo
+:columns: method, score
+```
+"""
+
+
+def sidecar(layout, run, score, **more):
+    """The sidecar of a finished run, as `editkit run` writes it."""
+    record = input_record(run, layout.root)
+    value = {
+        "value": score,
+        "lo": score - 0.01,
+        "hi": score + 0.01,
+        "n": 100,
+        "unit": "",
+        "note": "ROME protocol",
+    }
+    return {
+        "schema": 1, "run_id": run.run_id, "alias": run.spec.alias, "title": run.spec.title, "tags": [],
+        "study": "default", "notebook": run.spec.notebook, "started": "2026-01-02T03:04:05+00:00",
+        "wall_seconds": 1.5,
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "parameters": [{"name": "n", "type": "int", "value": 7, "default": 3, "help": "how many"}],
+        "values": {"score": value | {"fmt": ".1%"}},
+        "tables": {"scores": {"file": "scores.csv", "caption": "Scores.", "fmt": {"score": ".1%"},
+                              "columns": ["method", "n", "score"], "rows": 2}},
+        "figures": {"curve": {"file": "curve.svg", "data": "curve.data.csv", "caption": "A curve; n = 7.",
+                              "alt": "t"}},
+        "timings": {"edit": 0.25}, "packages": {"python": "3.11", "torch": "2.0"},
+        "hardware": {"processor": "a CPU", "cores": 2, "memory_gib": 4.0, "accelerators": [],
+                     "torch_threads": 1, "system": "Linux"},
+        "peak_memory_mib": {"host": 123.4, "accelerator": None}, "stderr_cells": [],
+        "prose": nb.prose_hash(run.template),
+        "inputs": record | {"modules": {}, "hash": "f" * 64},
+        **more,
+    }  # fmt: skip
+
+
+def put(folder, content, notebook=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "scores.csv").write_text("method,n,score\nmemit,1200,0.987\nrome,7,\n")
+    (folder / "curve.svg").write_text(SVG)
+    (folder / "curve.data.csv").write_text("x\n1\n")
+    if notebook is not None:
+        nbformat.write(notebook, folder / f"{content['run_id']}.ipynb")
+
+
+def executed(template):
+    done = nbformat.from_dict(template)
+    injected = new_code_cell("n = 7", metadata={"tags": ["injected-parameters"]})
+    done.cells.insert(2, injected)
+    for cell in done.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = 1
+    done.cells[3].outputs = [new_output("stream", name="stdout", text="hello\n"),
+                             new_output("stream", name="stderr", text="a stray warning\n")]  # fmt: skip
+    done.metadata["papermill"] = {"exception": None, "parameters": {"n": 7}}
+    done.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    done.metadata["language_info"] = {"name": "python"}
+    return done
+
+
+def make_project(root):
+    """A project with one finished run and two references, of which one has no run here."""
+    for folder in ("studies", "notebooks"):
+        (root / folder).mkdir()
+    shutil.copytree(
+        ROOT / "book" / "_ext", root / "book" / "_ext", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(ROOT / "book" / "_static", root / "book" / "_static")
+    shutil.copy2(ROOT / "_config.yml", root / "_config.yml")
+    (root / "book" / "references.bib").write_text("@misc{a, title={A}, author={B}, year={2020}}\n")
+    (root / "book" / "intro.md").write_text(PAGE)
+    (root / "book" / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "intro"}))
+    cells = [new_markdown_cell("# Any title\n\nOwn number: {val}`:score|bare`."),
+             new_code_cell("n: int = 3  # how many", metadata={"tags": ["parameters"]}),
+             new_code_cell("from editkit.runs import start\nrun = start(globals())"),
+             new_code_cell("run.finish()")]  # fmt: skip
+    nbformat.write(new_notebook(cells=cells), root / "notebooks" / "demo.ipynb")
+    (root / "studies" / "default.yaml").write_text(
+        "runs:\n  - {notebook: notebooks/demo.ipynb, alias: demo, title: A demo, parameters: {n: 7}}\n"
+    )
+    layout = Layout(root)
+    study = load_study(root / "studies" / "default.yaml")
+    [run] = prepare(study.runs, root)
+    put(layout.run_dir(run.run_id), sidecar(layout, run, 0.9871), executed(run.template))
+    put(layout.results / "demo", sidecar(layout, run, 0.95, run_id="demo-of-old"))
+    elsewhere = {"value": 12.34, "lo": None, "hi": None, "n": None, "unit": "s", "note": "", "fmt": ".1f"}
+    put(
+        layout.results / "elsewhere",
+        sidecar(
+            layout, run, 0.5, alias="elsewhere", run_id="elsewhere-1", title="", values={"seconds": elsewhere}
+        ),
+    )
+    return layout, study, run
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    layout, study, run = make_project(tmp_path_factory.mktemp("book"))
+    index, done = book.build(study, layout)
+    assert done
+    return layout, study, run, index.parent
+
+
+def soup(html, page):
+    return BeautifulSoup((html / page).read_text(encoding="utf-8"), "html.parser")
+
+
+def test_numbers_are_those_of_the_sidecars(built):
+    values = soup(built[3], "intro.html").select("a.ek-val")
+    assert [v.get_text() for v in values] == [
+        "98.7\u202f% [97.7, 99.7]", "98.7\u202f%", "99\u202f% [98, 100]", "95.0\u202f% [94.0, 96.0]",
+        "12.3\u202fs",
+    ]  # fmt: skip
+    assert values[0]["href"] == "runs/demo.html"
+    assert "commit 01234567" in values[0]["title"] and "n = 100" in values[0]["title"]
+    assert "ROME protocol" in values[0]["title"] and "95 % interval" in values[0]["title"]
+
+
+def test_reference_results_are_marked_as_such(built):
+    page = soup(built[3], "intro.html")
+    marked = [v.get_text() for v in page.select("a.ek-val") if v.find_next_sibling("sup")]
+    assert marked[-1] == "12.3\u202fs"
+    titles = [v["title"] for v in page.select("a.ek-val")]
+    assert ["reference run" in t for t in titles] == [False, False, False, True, True]
+    assert "not executed for this copy" in soup(built[3], "runs/elsewhere.html").get_text()
+
+
+def test_figures_are_inlined_numbered_and_linked(built):
+    page = soup(built[3], "intro.html")
+    figure = page.select_one("figure#fig-demo")
+    assert figure.select_one("svg[role=img] path") and "A curve; n = 7." in figure.figcaption.get_text()
+    assert {"runs/demo.html", "runs/demo/curve.data.csv"} <= {a["href"] for a in figure.select("a")}
+    assert [a.get_text() for a in page.select("a[href='#fig-demo'], a[href='#tab-demo']")][:2] == [
+        "Fig. 1",
+        "Table 1",
+    ]
+
+
+def test_tables_show_the_wanted_columns_formatted(built):
+    table = soup(built[3], "intro.html").select_one("table#tab-demo")
+    assert [th.get_text(strip=True) for th in table.select("th")] == ["method", "score"]
+    assert [td.get_text(strip=True) for td in table.select("td")] == ["memit", "98.7\u202f%", "rome", "n/a"]
+
+
+def test_the_page_of_a_run_says_where_it_comes_from(built):
+    page = soup(built[3], "runs/demo.html")
+    text = page.get_text()
+    assert page.h1.get_text(strip=True).startswith("A demo") and "Own number: 98.7" in text
+    for part in (
+        "notebooks/demo.ipynb",
+        "0123456789abcdef",
+        "a CPU, 2 cores",
+        "123 MiB",
+        "torch 2.0",
+        "n = 7",
+        "how many",
+    ):
+        assert part in text
+    assert "hello" in text and "a stray warning" not in text
+    assert not page.find(string=re.compile("n = 7$")) or "injected" not in str(page)
+    for link in page.select("a.ek-download"):
+        assert (built[3] / "runs" / link["href"]).resolve().is_file() or (
+            built[3] / link["href"][3:]
+        ).is_file()
+
+
+def test_every_local_link_and_anchor_resolves(built):
+    html = built[3]
+    pages = {path: soup(html, path) for path in html.rglob("*.html") if "_static" not in path.parts}
+    for path, page in pages.items():
+        for link in page.select("a[href]"):
+            url = urlsplit(link["href"])
+            if url.scheme or url.netloc or link["href"] == "#":
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            assert target.exists(), f"{path.name} links to {link['href']}"
+            if url.fragment and target in pages:
+                assert pages[target].find(id=url.fragment), f"{path.name}: no anchor {link['href']}"
+
+
+def test_nothing_is_loaded_from_other_hosts(built):
+    html = built[3]
+    for path in html.rglob("*.html"):
+        if "_static" in path.parts:
+            continue
+        for tag in soup(html, path).select("script[src], link[href], img[src], iframe[src], source[src]"):
+            address = tag.get("src") or tag.get("href")
+            assert not urlsplit(address).netloc, f"{path.name} loads {address}"
+            local = (path.parent / unquote(urlsplit(address).path)).resolve()
+            assert local.exists(), f"{path.name} loads {address}, which is not there"
+    for style in html.rglob("*.css"):
+        assert not re.findall(r"url\(\s*['\"]?(?:https?:)?//[^)]*", style.read_text(errors="replace")), (
+            style.name
+        )
+
+
+def test_mathematics_needs_no_network(built):
+    script = built[3] / "_static" / "mathjax" / "tex-svg-full.js"
+    assert script.stat().st_size > 10**6
+    assert any(
+        "mathjax/tex-svg-full.js" in s["src"] for s in soup(built[3], "intro.html").select("script[src]")
+    )
+
+
+def test_a_second_build_does_nothing_and_a_changed_number_is_never_stale(built):
+    layout, study, run, html = built
+    before = (html / "intro.html").stat().st_mtime_ns
+    assert book.build(study, layout) == (html / "index.html", False)
+    assert (html / "intro.html").stat().st_mtime_ns == before
+    path = layout.run_dir(run.run_id) / "run.json"
+    text = path.read_text()
+    try:
+        changed = json.loads(text)
+        changed["values"]["score"]["value"] = 0.123
+        path.write_text(json.dumps(changed))
+        assert book.build(study, layout)[1]
+        assert soup(html, "intro.html").select_one("a.ek-val").get_text().startswith("12.3\u202f%")
+    finally:
+        path.write_text(text)
+        book.build(study, layout)
+
+
+# -------------------------------------------------------------------- what is refused
+
+
+def test_a_number_nobody_recorded_stops_the_build(tmp_path, capfd):
+    layout, study, _ = make_project(tmp_path)
+    with (layout.root / "book" / "intro.md").open("a") as page:
+        page.write("\n{val}`demo:scroe` and {val}`dmeo:score`\n\n```{run-figure} demo:curves\n```\n")
+    with pytest.raises(ConfigError, match="not built"):
+        book.build(study, layout)
+    printed = capfd.readouterr().err
+    for message in ("no value 'scroe'; it has: score", "no run 'dmeo'", "no figure 'curves'"):
+        assert message in printed
+
+
+def test_a_failed_notebook_stops_the_build(tmp_path):
+    layout, study, run = make_project(tmp_path)
+    path = layout.notebook(run.run_id)
+    broken = nbformat.read(path, as_version=4)
+    broken.cells[3].outputs = [new_output("error", ename="ValueError", evalue="no", traceback=[])]
+    nbformat.write(broken, path)
+    with pytest.raises(DataError, match="must not be published: cell 3 raised ValueError"):
+        book.build(study, layout)
+
+
+def test_a_run_without_any_result_stops_the_build(tmp_path):
+    layout, study, run = make_project(tmp_path)
+    shutil.rmtree(layout.run_dir(run.run_id))
+    assert (
+        "reference" in book.gather(study, layout)["demo"] and "run" not in book.gather(study, layout)["demo"]
+    )
+    shutil.rmtree(layout.results / "demo")
+    with pytest.raises(DataError, match="no result and no reference for demo"):
+        book.gather(study, layout)
+
+
+def test_changed_inputs_are_said_on_the_page(tmp_path):
+    layout, study, run = make_project(tmp_path)
+    path = layout.run_dir(run.run_id) / "run.json"
+    content = json.loads(path.read_text())
+    content["inputs"]["modules"] = {"facts.py": "old"}
+    path.write_text(json.dumps(content))
+    assert book.gather(study, layout)["demo"]["run"]["stale"] == ["editkit/facts.py changed"]
+
+
+def test_pages_that_are_not_there_are_named(tmp_path):
+    layout, study, _ = make_project(tmp_path)
+    toc = {"format": "jb-book", "root": "intro", "chapters": [{"file": "runs/dmeo"}]}
+    (layout.root / "book" / "_toc.yml").write_text(yaml.safe_dump(toc))
+    with pytest.raises(DataError, match=r"runs/dmeo.*demo"):
+        book.stage(study, layout, tmp_path / "source")
+
+
+def test_runs_can_be_placed_in_chapters_and_the_rest_is_appended(tmp_path):
+    layout, study, _ = make_project(tmp_path)
+    toc = {
+        "format": "jb-book",
+        "root": "intro",
+        "parts": [{"caption": "A", "chapters": [{"file": "runs/demo"}]}],
+    }
+    (layout.root / "book" / "_toc.yml").write_text(yaml.safe_dump(toc))
+    book.stage(study, layout, tmp_path / "source")
+    staged = yaml.safe_load((tmp_path / "source" / "_toc.yml").read_text())
+    appendix = staged["parts"][-1]["chapters"]
+    assert appendix == [{"file": "runs/index", "sections": [{"file": "runs/elsewhere"}]}]
+
+
+def test_labels_in_a_notebook_that_makes_several_pages_are_refused(tmp_path):
+    layout, _, _ = make_project(tmp_path)
+    path = layout.root / "notebooks" / "demo.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(new_markdown_cell("(sec-here)=\n## Here"))
+    nbformat.write(notebook, path)
+    (layout.root / "studies" / "default.yaml").write_text(
+        "runs: [{notebook: notebooks/demo.ipynb, grid: {n: [1, 2]}}]"
+    )
+    with pytest.raises(ConfigError, match="sec-here"):
+        book.gather(load_study(layout.root / "studies" / "default.yaml"), layout)
+
+
+# -------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or pytest.skip("no Chromium or Chrome was found: browser checks are left out")
+
+
+def test_a_browser_sets_the_mathematics_and_asks_nobody(built, chromium, tmp_path):
+    log = tmp_path / "net.json"
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    options += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--virtual-time-budget=10000",
+    ]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--dump-dom"]
+    address = (built[3] / "intro.html").as_uri()
+    done = subprocess.run([chromium, *options, address], capture_output=True, text=True, timeout=240)
+    page = BeautifulSoup(done.stdout, "html.parser")
+    assert page.select("mjx-container svg"), "MathJax did not run"
+    assert not page.select("mjx-merror, [data-mjx-error]"), "a formula is wrong"
+    asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text(errors="replace")))
+    foreign = {url for url in asked if not urlsplit(url).hostname.endswith("google.com")}  # Chromium's own
+    assert not foreign, f"requests to {foreign}"
+
+
+# -------------------------------------------------------------------- this repository
+
+
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_studies_fit_their_notebooks(path):
+    assert prepare(load_study(path).runs, ROOT)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_declare_typed_and_commented_parameters(path):
+    notebook = nb.read_notebook(path)
+    for parameter in nb.check_notebook(notebook, path.name).values():
+        assert parameter.type and parameter.help, f"{path.name}: {parameter.name} needs a type and a comment"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_stored_without_outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert not [i for i, c in enumerate(cells) if c.get("outputs") or c.get("execution_count")]
+
+
+def test_the_table_of_contents_lists_pages_that_exist():
+    known = {run.alias for path in STUDIES for run in load_study(path).runs}
+    for file in book._files(yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())):
+        run = file.removeprefix("runs/")
+        assert (run in known) if file.startswith("runs/") else any(
+            (ROOT / "book" / f"{file}{suffix}").is_file() for suffix in (".md", ".ipynb")
+        ), f"_toc.yml lists {file}"  # fmt: skip
+
+
+def test_quoted_numbers_agree_with_the_formatter():
+    """The book and the notebooks print through the same function."""
+    sys.path.insert(0, str(ROOT / "book" / "_ext"))
+    try:
+        import companion
+    finally:
+        sys.path.pop(0)
+    record = {"value": 0.5, "lo": None, "hi": None, "n": None, "unit": "", "note": "", "fmt": None}
+    runs = companion.Runs({"a": {"run": {"values": {"k": record}}}})
+    assert format_value(runs.item("a:k", "values")[0]) == "0.5"
+    for target in ("a", "a:", ":k", "a@reference:k", "b:k"):
+        with pytest.raises(companion.Lookup):
+            runs.item(target, "values")

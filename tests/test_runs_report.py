@@ -1,0 +1,193 @@
+"""What notebooks call: recording, display, and the checks on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from editkit.errors import ConfigError
+from editkit.plotting import INK, PALETTE, look
+from editkit.runs import start
+from editkit.runs.format import check_spec, format_number, format_value
+from editkit.runs.report import PARAMETERS, RUN_DIR, WORK_DIR, Run
+
+matplotlib.use("agg")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that is recorded, as under `editkit run`."""
+    return Run({"n": 3}, tmp_path / "my-run")
+
+
+@pytest.fixture
+def frame():
+    return pd.DataFrame({"method": ["memit", "rome"], "score": [0.98765, 0.5], "n": [1200, 7]})
+
+
+def figure(name="fig"):
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots()
+    ax.plot([1, 2], [3, 1], **look("memit").line())
+    ax.set_title(name)
+    return fig
+
+
+def test_everything_lands_in_the_results(run, frame):
+    run.value(
+        "memit.efficacy", np.float64(0.98765), lo=0.9, hi=1.0, n=np.int64(100), fmt="%", note="ROME protocol"
+    )
+    run.table("scores", frame, caption="Scores.", fmt={"score": ".1%"})
+    run.figure("tradeoff", figure(), caption="A caption.", alt="A falling line.", data=frame)
+    for _ in range(2):
+        with run.timed("edit"):
+            pass
+    run.finish()
+    results = json.loads((run.directory / "results.json").read_text())
+    assert results["parameters"] == {"n": 3}
+    assert results["values"]["memit.efficacy"] == {
+        "value": 0.98765, "lo": 0.9, "hi": 1.0, "n": 100, "unit": "", "note": "ROME protocol", "fmt": ".1%",
+    }  # fmt: skip
+    assert results["timings"]["edit"] >= 0
+    assert pd.read_csv(run.directory / results["tables"]["scores"]["file"]).equals(frame)
+    assert pd.read_csv(run.directory / results["figures"]["tradeoff"]["data"]).equals(frame)
+    assert results["hardware"]["cores"] >= 1 and results["peak_memory_mib"]["host"] > 1
+    assert results["packages"]["numpy"] == np.__version__
+    assert "runs/report.py" in results["modules"]
+    assert not list(run.directory.glob(".*"))
+
+
+def test_a_key_may_be_repeated_only_interactively(run):
+    run.value("a", 1)
+    with pytest.raises(ConfigError, match="recorded twice"):
+        run.value("a", 2)
+    free = Run({})
+    free.value("a", 1)
+    assert float(free.value("a", 2)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": float("nan")}, "NaN"),
+        ({"x": [1, 2]}, "expected a number"),
+        ({"x": 1.0, "lo": 0.5}, "both ends"),
+        ({"x": 1.0, "lo": 2.0, "hi": 1.0}, "both ends"),
+        ({"x": 1.0, "fmt": "zz"}, "number format"),
+        ({"x": 1.0, "key": "no spaces"}, "no key"),
+        ({"x": 1.0, "key": "../up"}, "no key"),
+    ],
+)
+def test_bad_values_are_refused(run, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run.value(options.pop("key", "k"), options.pop("x"), **options)
+    assert not run.values
+
+
+def test_infinity_and_missing_survive_json(run):
+    run.value("collapsed", np.inf)
+    run.value("unknown", None)
+    run.finish()
+    values = json.loads((run.directory / "results.json").read_text())["values"]
+    assert [format_value(values[k]) for k in ("collapsed", "unknown")] == ["∞", "n/a"]
+
+
+def test_table_rejects_formats_of_absent_columns(run, frame):
+    with pytest.raises(ConfigError, match="'efficacy'"):
+        run.table("t", frame, fmt={"efficacy": ".1f"})
+
+
+def test_table_display_is_formatted_and_escaped(run):
+    table = run.table("t", pd.DataFrame({"a<b": ["x&y"], "p": [0.5], "n": [1234]}), fmt=".1%")
+    html = table._repr_html_()
+    assert "<th>a&lt;b</th>" in html and "x&amp;y" in html
+    assert "50.0\u202f%" in html and "1,234" in html
+
+
+def test_figure_needs_words(run):
+    with pytest.raises(ConfigError, match="alt text"):
+        run.figure("f", figure(), caption="A caption.", alt=" ")
+
+
+def test_figures_follow_the_theme_and_can_share_a_page(run):
+    start({"__annotations__": {}})  # applies the plot style
+    first = run.figure("one", figure(), caption="c", alt='a "quoted" <alt>').svg
+    second = run.figure("two", figure(), caption="c", alt="b").svg
+    ids = re.findall(r'\bid="([^"]+)"', first)
+    assert len(ids) == len(set(ids)) and not set(ids) & set(re.findall(r'\bid="([^"]+)"', second))
+    references = re.findall(r'(?:href="#|url\(#)([^")]+)', first)
+    assert references and set(references) <= set(ids)
+    assert f"var(--ek-ink, var(--jp-content-font-color1, {INK}))" in first
+    assert f"var(--ek-c0, {PALETTE[0]})" in first
+    assert 'aria-label="a &quot;quoted&quot; &lt;alt&gt;"' in first
+    assert not matplotlib.pyplot.get_fignums(), "the figure must be closed, or Jupyter shows it twice"
+
+
+def test_svg_is_deterministic(run):
+    texts = [Run({}, run.directory).figure("f", figure(), caption="c", alt="a").svg for _ in range(2)]
+    assert texts[0] == texts[1] and "20" + "26-" not in texts[0].split("<defs>")[0]
+
+
+def test_interactive_runs_write_nothing(tmp_path, monkeypatch, frame, capsys):
+    for name in (RUN_DIR, PARAMETERS, WORK_DIR):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    run = start({"__annotations__": {"n": int}, "n": 3, "frame": frame}, style=False)
+    assert run.parameters == {"n": 3} and not run.recorded
+    run.value("a", 1)
+    run.table("t", frame)
+    run.figure("f", figure(), caption="c", alt="a")
+    run.finish()
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was written" in capsys.readouterr().out
+
+
+def test_start_notices_overwritten_parameters(monkeypatch, tmp_path):
+    monkeypatch.setenv(PARAMETERS, json.dumps({"n": 10}))
+    monkeypatch.setenv(RUN_DIR, str(tmp_path))
+    assert start({"n": 10}, style=False).parameters == {"n": 10}
+    with pytest.raises(ConfigError, match="passed as 10 but the notebook set it to 3"):
+        start({"n": 3}, style=False)
+
+
+def test_start_refuses_parameters_that_are_not_plain_data():
+    with pytest.raises(ConfigError, match="'model' is a object"):
+        start({"__annotations__": {"model": object}, "model": object()}, style=False)
+
+
+@pytest.mark.parametrize(
+    ("x", "spec", "text"),
+    [
+        (0.98765, ".1%", "98.8\u202f%"), (0.98765, "%", "98.8\u202f%"), (1234567, None, "1,234,567"),
+        (0.000123456, None, "0.000123"), (-1.5, ".1f", "−1.5"), (-0.0001, ".1f", "0.0"), (True, None, "yes"),
+        (3.0, ",d", "3"), (float("-inf"), None, "−∞"), (np.float64(1.25), ".2f", "1.25"),
+    ],
+)  # fmt: skip
+def test_format_number(x, spec, text):
+    assert format_number(x.item() if hasattr(x, "item") else x, spec) == text
+
+
+def test_format_value_with_interval_and_unit():
+    record = {"value": 0.9871, "lo": 0.979, "hi": 0.993, "unit": "", "fmt": ".1%"}
+    assert format_value(record) == "98.7\u202f% [97.9, 99.3]"
+    assert format_value(record, interval=False) == "98.7\u202f%"
+    assert format_value(record, spec=".2f") == "0.99 [0.98, 0.99]"
+    assert format_value({"value": 1.234, "unit": "s", "fmt": ".1f"}) == "1.2\u202fs"
+
+
+@pytest.mark.parametrize("spec", ["{}", "1f%d", "__import__", ".2q", "!r"])
+def test_only_number_formats_are_formats(spec):
+    with pytest.raises(ConfigError):
+        check_spec(spec)
+
+
+def test_looks_are_fixed_and_forgiving():
+    assert look("MEMIT") == look("memit") and look("memit_seq") == look("MEMIT-SEQ")
+    assert look("memit").color == look("memit-seq").color != look("alphaedit").color
+    assert look("a-method-nobody-listed") == look("a_method_nobody_listed".replace("_", "-"))
