@@ -26,7 +26,7 @@ class TrainConfig:
     vocab_size: int = 6000
     length: int = 48  # tokens per training sequence
     batch_tokens: int = 3072  # tokens per optimiser step
-    steps: int = 1600
+    steps: int = 1300
     lr: float = 2e-3  # AdamW: embeddings, norms, biases (and everything if muon_lr is 0)
     muon_lr: float = 0.02  # Muon for the matrices of the blocks; 0 = AdamW everywhere
     warmup: int = 100
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon iterates in bfloat16, which is emulated (25 times slower, measured) on CPUs without bf16 units.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 4):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps})
 
     @staticmethod
