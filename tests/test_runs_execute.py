@@ -35,6 +35,7 @@ run.table("t", pd.DataFrame({"x": [n]}), caption="A table.")"""
 RAISES = "1 / 0"
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 UNFINISHED = "class Late:\n    def finish(self):\n        pass\nrun = Late()"
+AUTHOR = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
 SLOW = """\
 mark = run.work_dir / "checkpoint"
 import time
@@ -161,8 +162,12 @@ def test_a_changed_notebook_is_executed_and_a_reworded_one_refreshed(tmp_path):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[0].source = "# Other words"
     nbformat.write(notebook, path)
+    for command in (["init", "-q"], ["add", "notebooks", "studies"], [*AUTHOR, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
     [run] = load(layout)
     assert run_all([run], layout)[0].status == CURRENT
+    git = read_sidecar(place.parent)["git"]
+    assert git["later"] and not git["dirty"] and len(git["commit"]) == 40
     assert "# Other words" in place.read_text() and nb.failure(nbformat.read(place, as_version=4)) is None
     write_notebook(path, "run.value('a', n + 1)")
     [run] = load(layout)

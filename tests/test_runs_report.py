@@ -6,6 +6,7 @@ import json
 import re
 
 import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pandas as pd
 import pytest
@@ -117,6 +118,7 @@ def test_figure_needs_words(run):
 
 def test_figures_follow_the_theme_and_can_share_a_page(run):
     start({"__annotations__": {}})  # applies the plot style
+    matplotlib.pyplot.close("all")
     first = run.figure("one", figure(), caption="c", alt='a "quoted" <alt>').svg
     second = run.figure("two", figure(), caption="c", alt="b").svg
     ids = re.findall(r'\bid="([^"]+)"', first)

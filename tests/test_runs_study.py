@@ -1,4 +1,4 @@
-"""Study files, declared parameters, and the hashes that decide what is executed: all before a kernel starts."""
+"""Study files, declared parameters, and the hashes that decide what is executed: all before any kernel."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def test_defaults_are_filled_in_and_types_checked(project):
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("{n_edits: 1}", r"does not declare \['n_edits'\]"), ("{n: 1.5}", "declared as int"), ("{n: true}", "as int"),
-     ("{name: 3}", "declared as str")],
+    [("{n_edits: 1}", r"does not declare \['n_edits'\]"), ("{n: 1.5}", "declared as int"),
+     ("{n: true}", "as int"), ("{name: 3}", "declared as str")],
 )  # fmt: skip
 def test_misspelt_and_mistyped_parameters_are_refused(project, given, message):
     """papermill would only warn, and run with the defaults."""

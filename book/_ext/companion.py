@@ -3,7 +3,8 @@
 Roles and directives read the sidecars that `editkit book` stages beside the pages (`_runs.json`):
 
     {val}`alias:key`                 a number with its interval, linked to its run
-    {val}`alias:key|bare`            without the interval;   |.2f  with another format
+    {val}`alias:key bare`            without the interval
+    {val}`alias:key .2f`             in another format
     {val}`alias@reference:key`       from the committed reference run, not from this one
     {val}`:key`                      on the page of a run: a number of that run
 
@@ -33,50 +34,21 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from editkit.runs.book import MANIFEST, PAGES
 from editkit.runs.format import format_number, format_value
+from editkit.runs.quote import Lookup, Runs, origin
 
 logger = logging.getLogger(__name__)
 MATHJAX = "tex-svg-full.js"  # one self-contained file: no fonts, no further requests
-_TARGET = re.compile(r"(?P<alias>[a-z0-9][\w.-]*)?(?:@(?P<which>run|reference))?(?::(?P<key>.+))?", re.S)
 
 
-class Lookup(Exception):
-    """A quoted run, number, table or figure does not exist; the message names what there is."""
+def place(alias: str, which: str) -> str:
+    """Folder of a run's files, in the staged sources and in the book alike."""
+    return f"{PAGES}/{alias}/reference" if which == "reference" else f"{PAGES}/{alias}"
 
 
-class Runs:
-    """The runs the book may quote: {alias: {"run": sidecar, "reference": sidecar}}."""
-
-    def __init__(self, manifest: dict[str, dict]):
-        self.manifest = manifest
-
-    def find(self, alias: str, which: str | None = None) -> tuple[dict, str]:
-        """(sidecar, "run" or "reference"): `which` if given, else this run, else the reference."""
-        if alias not in self.manifest:
-            raise Lookup(f"there is no run {alias!r}; the book has: {', '.join(self.manifest) or 'none'}")
-        entry = self.manifest[alias]
-        which = which or ("run" if "run" in entry else "reference")
-        if which not in entry:
-            raise Lookup(f"run {alias!r} has no {which} result")
-        return entry[which], which
-
-    def item(self, target: str, kind: str, page: str | None = None) -> tuple[dict, dict, str, str]:
-        """(record, sidecar, alias, which) of "alias[@which]:key" among the values, tables or figures."""
-        match = _TARGET.fullmatch(target.strip())
-        alias = match and (match["alias"] or page)
-        if not match or not alias or not match["key"]:
-            raise Lookup(f"{target!r} should read alias:key")
-        sidecar, which = self.find(alias, match["which"])
-        key = match["key"].strip()
-        if key not in sidecar[kind]:
-            raise Lookup(f"run {alias!r} recorded no {kind[:-1]} {key!r}; it has: {', '.join(sidecar[kind])}")
-        return sidecar[kind][key], sidecar, alias, which
-
-
-def origin(sidecar: dict, which: str) -> str:
-    """One line on where a result comes from."""
-    commit = (sidecar["git"]["commit"] or "no commit")[:8] + ("+changes" if sidecar["git"]["dirty"] else "")
-    kind = "reference run" if which == "reference" else "run"
-    return f"{kind} {sidecar['run_id']}, commit {commit}, {sidecar['started'][:10]}"
+def page_alias(docname: str) -> str | None:
+    """The alias whose page this is, if it is the page of a run."""
+    head, _, tail = docname.partition("/")
+    return tail if head == PAGES and tail != "index" else None
 
 
 class Base(SphinxDirective):
@@ -100,11 +72,10 @@ class Base(SphinxDirective):
             return [nodes.paragraph("", f"[missing: {error}]")]
 
     def file(self, alias: str, which: str, name: str) -> Path:
-        return files_dir(Path(self.env.srcdir), alias, which) / name
+        return Path(self.env.srcdir) / place(alias, which) / name
 
     def url(self, alias: str, which: str, name: str) -> str:
-        up = "../" * self.env.docname.count("/")
-        return f"{up}{PAGES}/{alias}/{'reference/' if which == 'reference' else ''}{name}"
+        return "../" * self.env.docname.count("/") + f"{place(alias, which)}/{name}"
 
     def link(self, text: str, url: str, **attributes) -> nodes.reference:
         return nodes.reference("", text, refuri=url, internal=True, **attributes)
@@ -125,23 +96,11 @@ class Base(SphinxDirective):
         return [nodes.inline("", " ("), *parts, nodes.Text(")")]
 
 
-def files_dir(source: Path, alias: str, which: str) -> Path:
-    """Folder of a run's files in the staged sources (and, below the output folder, in the book)."""
-    folder = source / PAGES / alias
-    return folder / "reference" if which == "reference" else folder
-
-
-def page_alias(docname: str) -> str | None:
-    """The alias whose page this is, if it is the page of a run."""
-    head, _, tail = docname.partition("/")
-    return tail if head == PAGES and tail != "index" else None
-
-
 class Val(SphinxRole):
     """{val}`alias:key`: a recorded number, its interval, a link to its run."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        target, _, option = self.text.partition("|")
+        target, _, option = self.text.strip().partition(" ")
         option = option.strip()
         runs: Runs = self.env.app.companion_runs
         try:
@@ -290,7 +249,7 @@ class Provenance(Base):
         rows = [
             ("notebook", f"{sidecar['notebook']} (study {sidecar['study']})"),
             ("parameters", parameters or "none"),
-            ("commit", (git["commit"] or "none") + (" with uncommitted changes" if git["dirty"] else "")),
+            ("commit", self.commit(git)),
             ("started, took", f"{sidecar['started']}, {sidecar['wall_seconds']:,.1f} s"),
             ("timers", timings),
             ("machine", f"{machine['processor']}, {machine['cores']} cores{gib}, {device}"),
@@ -299,6 +258,14 @@ class Provenance(Base):
             ("inputs", f"sha256 {sidecar['inputs']['hash']}"),
         ]
         return [(name, text) for name, text in rows if text]
+
+    @staticmethod
+    def commit(git: dict) -> str:
+        if git["commit"] is None:
+            return "none"
+        if git["dirty"]:
+            return f"{git['commit']} with uncommitted changes"
+        return git["commit"] + (" (executed before it, with equal inputs)" if git.get("later") else "")
 
     def downloads(self, alias: str, which: str, sidecar: dict) -> nodes.paragraph:
         files = [("sidecar (JSON)", "run.json")]

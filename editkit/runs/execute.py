@@ -256,11 +256,19 @@ def _move_in(target: Path, place: Path, old: Path) -> None:
 
 
 def _refresh(run: Prepared, layout: Layout) -> None:
-    """Bring reworded text cells into a finished notebook without executing it again."""
+    """Bring reworded text cells, and a commit made since, into a finished run without executing it again."""
     place = layout.run_dir(run.run_id)
     sidecar = json.loads((place / SIDECAR).read_text(encoding="utf-8"))
-    new = {"prose": nb.prose_hash(run.template), "title": run.spec.title, "alias": run.spec.alias,
-           "study": run.spec.study, "tags": list(run.spec.tags)}  # fmt: skip
+    spec = run.spec
+    new = {
+        "prose": nb.prose_hash(run.template),
+        "title": spec.title,
+        "study": spec.study,
+        "tags": list(spec.tags),
+    }
+    git = git_state(layout.root)
+    if sidecar["git"]["dirty"] is not False and git["dirty"] is False:
+        new["git"] = git | {"later": True}  # the inputs are equal, so this is what the commit gives
     if all(sidecar[key] == value for key, value in new.items()):
         return
     path = layout.notebook(run.run_id)
@@ -303,6 +311,8 @@ def run_all(
         with taking:
             mine = [devices.get() for _ in range(run.spec.gpus)]
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+        if jobs > 1 and not run.spec.threads and "OMP_NUM_THREADS" not in os.environ:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
         begin = time.perf_counter()
         try:
             outcome = run_one(run, layout, force=force, environment=environment, processes=processes)
