@@ -1,0 +1,177 @@
+"""Streams of batches on a model: checkpoints, the papers' scores, the distance to one-time editing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from ..editors import Editor
+from ..errors import ConfigError
+from ..facts import Fact
+from ..locate.contexts import ContextTemplates
+from ..locate.keys import compute_keys
+from ..scoring import bootstrap_mean, score, score_text, summarize
+from .bench import Bench
+from .sequences import batches_of, relative
+
+AXES = ("efficacy", "paraphrase", "neighborhood", "same_subject")
+
+
+def edit_stream(
+    editor: Editor,
+    facts: Sequence[Fact],
+    batch: int,
+    *,
+    checkpoint: Callable[[int], None] | None = None,
+    every: int | None = None,
+) -> None:
+    """Edit facts in batches; call checkpoint(facts so far) before the first, after each `every` facts and
+    at the end.
+
+    The model stays edited. Raises ConfigError if `every` is no multiple of the batch.
+    """
+    if every is not None and every % batch:
+        raise ConfigError(
+            f"every = {every} is no multiple of batch = {batch}; checkpoints lie between batches"
+        )
+    if checkpoint:
+        checkpoint(0)
+    for cut in batches_of(len(facts), batch):
+        editor.edit(facts[cut])
+        if checkpoint and (cut.stop == len(facts) or (every and cut.stop % every == 0)):
+            checkpoint(cut.stop)
+
+
+def arm_scores(
+    bench: Bench, arm: str, batch: int | None, *, shared: bool = True, n_scored: int | None = None, **options
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Edit all facts of the bench with one arm, score them after the last batch, restore the model.
+
+    batch: facts per batch, None: all at once.   n_scored: score this many facts, evenly spread over the
+    stream (None: all).   options: axes, protocols, n_text, text_tokens, seed of `scores_now`.
+    """
+    editor = bench.editor(arm, shared=shared)
+    try:
+        edit_stream(editor, bench.facts, batch or len(bench.facts))
+        return scores_now(bench, spread(bench.facts, n_scored), **options)
+    finally:
+        editor.restore()
+
+
+def spread(facts: Sequence[Fact], n: int | None) -> list[Fact]:
+    """n facts evenly spaced over a list, first and last included; all of them for None or n >= len."""
+    if n is None or n >= len(facts):
+        return list(facts)
+    return [facts[i] for i in np.linspace(0, len(facts) - 1, n).round().astype(int)]
+
+
+def scores_now(
+    bench: Bench,
+    facts: Sequence[Fact],
+    *,
+    axes: Sequence[str] = AXES,
+    protocols: Sequence[str] = ("rome", "generate"),
+    n_text: int = 0,
+    text_tokens: int = 100,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Score facts on the model as it is: rows of `scoring.score`, and of `scoring.score_text` (fluency).
+
+    Axes without any probe are left out.   n_text: facts whose free text of text_tokens tokens is scored; the
+    second table is empty for 0.
+    """
+    present = [a for a in axes if any(_has(f, a) for f in facts)]
+    rows = pd.concat([score(bench.lm, facts, p, present) for p in protocols], ignore_index=True)
+    chosen = spread([f for f in facts if f.generation], n_text)
+    if not chosen or not n_text:
+        return rows, pd.DataFrame(columns=["fact_id", "fluency", "consistency", "text"])
+    return rows, score_text(bench.lm, chosen, seed=seed, max_total_tokens=text_tokens)
+
+
+def _has(fact: Fact, axis: str) -> bool:
+    field = {"paraphrase": "paraphrases", "consequence": "consequences"}.get(axis, axis)
+    return axis == "efficacy" or bool(getattr(fact, field))
+
+
+PAPER_COLUMNS = {"efficacy": "Eff", "paraphrase": "Gen", "neighborhood": "Spe", "same_subject": "Same"}
+
+
+def paper_row(
+    rows: pd.DataFrame, text: pd.DataFrame, protocol: str, *, n_boot: int = 1000
+) -> dict[str, dict]:
+    """One line of the papers' tables: column -> {"mean", "lo", "hi", "n"}; Flu in bits, the others 0..1.
+
+    Eff, Gen, Spe are the averages over facts on efficacy, paraphrase and neighborhood; Same is the
+    same-subject axis, which the papers do not have. Intervals are 95 % bootstrap over facts (and seeds,
+    if the rows have several).
+    """
+    found: dict[str, dict] = {}
+    summary = summarize(rows[rows["protocol"] == protocol], ["axis"], n_boot=n_boot)
+    for row in summary.itertuples():
+        if row.axis in PAPER_COLUMNS:
+            found[PAPER_COLUMNS[row.axis]] = {"mean": row.mean, "lo": row.lo, "hi": row.hi, "n": row.n_facts}
+    for column, metric in (("Flu", "fluency"), ("Con", "consistency")):
+        values = text[metric].dropna() if metric in text else []
+        if len(values):
+            groups = text.loc[values.index, "seed"] if "seed" in text else None
+            interval = bootstrap_mean(values, groups, n_boot=n_boot)
+            found[column] = {"mean": interval.mean, "lo": interval.lo, "hi": interval.hi, "n": interval.n}
+    return found
+
+
+def total_updates(bench: Bench, layers: Sequence[int]) -> Callable[[], dict[int, Tensor]]:
+    """Remember the weights now; the returned function gives the change since then, layer -> (m, d)."""
+    before = {layer: bench.lm.get_matrix(layer) for layer in layers}
+    return lambda: {layer: bench.lm.get_matrix(layer) - W for layer, W in before.items()}
+
+
+SETTINGS = {
+    # label: (all layers, sampled contexts, shared targets)
+    "one layer, bare prompt, fixed targets": (False, False, True),
+    "one layer, mean keys, fixed targets": (False, True, True),
+    "one layer, bare prompt, re-optimised targets": (False, False, False),
+    "all layers, bare prompt, fixed targets": (True, False, True),
+    "all layers, mean keys, re-optimised targets": (True, True, False),
+}
+
+
+def pipeline_gap(
+    bench: Bench, batch: int, *, arm: str = "memit-seq", settings: Sequence[str] = tuple(SETTINGS)
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Distance between editing in batches and editing at once on the model, condition by condition.
+
+    Returns (gaps, drift). gaps: setting, layer, distance ||A_seq - A_one|| / ||A_one||, and the share of
+    facts that the model states (greedy) after each: sequential, one_time. drift: setting, layer, the
+    relative distance between the keys on the unedited and on the finally edited model, one row per fact.
+    """
+    gaps, drift = [], []
+    protocol = "generate"
+    bench.prepare()
+    for setting in settings:
+        everywhere, mean_keys, fixed = SETTINGS[setting]
+        layers = bench.layers if everywhere else bench.layers[-1:]
+        contexts = bench.contexts if mean_keys else ContextTemplates()
+        K0 = compute_keys(bench.lm, bench.facts, layers, token=bench.token, contexts=contexts)
+        found, stated = {}, {}
+        # In one batch, re-optimised targets are those of the unedited model: shared ones, if contexts agree.
+        runs = (("one_time", len(bench.facts), fixed or mean_keys), ("sequential", batch, fixed))
+        for name, size, shared in runs:
+            editor = bench.editor(arm, contexts=contexts, shared=shared, layers=layers)
+            change = total_updates(bench, layers)
+            try:
+                edit_stream(editor, bench.facts, size)
+                found[name] = change()
+                stated[name] = score(bench.lm, bench.facts, protocol, ["efficacy"])["success"].mean()
+                if name == "sequential":
+                    K = compute_keys(bench.lm, bench.facts, layers, token=bench.token, contexts=contexts)
+            finally:
+                editor.restore()
+        for layer in layers:
+            distance = relative(found["sequential"][layer], found["one_time"][layer])
+            gaps.append({"setting": setting, "layer": layer, "distance": distance, **stated})
+            moved = (K[layer] - K0[layer]).norm(dim=0) / K0[layer].norm(dim=0)
+            drift += [{"setting": setting, "layer": layer, "drift": float(x)} for x in moved]
+    return pd.DataFrame(gaps), pd.DataFrame(drift)

@@ -1,0 +1,148 @@
+"""Arms, shared targets, streams and scores on a tiny random model."""
+
+import pandas as pd
+import pytest
+import torch
+
+from editkit.errors import ConfigError, DataError
+from editkit.facts import Fact, Probe
+from editkit.labyrinth.bench import ARMS, Bench, split_facts, untouched
+from editkit.labyrinth.health import Checkup, watch
+from editkit.labyrinth.streams import arm_scores, edit_stream, paper_row, pipeline_gap, scores_now, spread
+from editkit.locate.contexts import ContextTemplates
+from editkit.statistics import Covariance
+from editkit.world.records import changes, edit_facts
+from editkit.world.world import World
+
+OPTIONS = {"layers": (0, 1), "token": "last", "lam": 5.0, "z_steps": 4, "z_lr": 0.5, "z_clamp_factor": 4.0}
+
+
+@pytest.fixture
+def bench(tiny_lm, facts) -> Bench:
+    lm = tiny_lm("llama")
+    generator = torch.Generator().manual_seed(0)
+    statistics = {}
+    for layer in (0, 1):
+        X = torch.randn(24, 200, generator=generator, dtype=torch.float64)
+        statistics[layer] = Covariance.from_array(X @ X.T / 200)
+    probes = (Probe("The weather in Paris is", "fine"),)
+    facts = [f.replace(paraphrases=(f"Today {f.text}",), neighborhood=probes) for f in facts]
+    return Bench(
+        lm, None, facts, OPTIONS, {k: v for k, v in OPTIONS.items() if k != "lam"} | {"threshold": 10.0},
+        statistics, ContextTemplates((("{}",), ("You can see. {}",))), lm.fingerprint(),
+        bystanders=[("The old city of {} is", "Vienna", "fine"), ("{} is near", "Rome", "the river")],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_every_arm_edits_and_restores(bench, arm):
+    bench.prepare()
+    editor = bench.editor(arm)
+    edit_stream(editor, bench.facts, 2)
+    assert bench.lm.fingerprint() != bench.fingerprint
+    editor.restore()
+    assert bench.lm.fingerprint() == bench.fingerprint
+
+
+def test_shared_targets_are_those_of_the_unedited_model(bench):
+    bench.prepare()
+    editor = bench.editor("memit-seq")
+    before = editor.targets(bench.facts)
+    editor.edit(bench.facts[:2])
+    assert torch.equal(editor.targets(bench.facts), before)
+    with pytest.raises(ConfigError, match="carries an edit"):
+        bench.prepare([bench.facts[0].replace(target="piano")])
+    with pytest.raises(ConfigError, match="call prepare"):
+        editor.targets([bench.facts[0].replace(target="piano")])
+
+
+def test_targets_are_found_again_in_the_cache(bench, tmp_path):
+    bench.cache_dir = tmp_path
+    bench.prepare()
+    files = list(tmp_path.iterdir())
+    first, bench.given = bench.given, {}
+    bench.prepare()
+    assert list(tmp_path.iterdir()) == files and len(files) == 1
+    assert all(torch.equal(first[k], bench.given[k]) for k in first)
+
+
+def test_one_layer_bare_prompt_and_fixed_targets_equal_one_time_editing(bench):
+    bench.prepare()
+    gaps, drift = pipeline_gap(bench, 1)
+    exact = gaps[gaps["setting"] == "one layer, bare prompt, fixed targets"]
+    assert exact["distance"].max() < 1e-5  # float32 weights
+    others = gaps[gaps["setting"] == "all layers, mean keys, re-optimised targets"]
+    assert others["distance"].max() > 1e-3
+    moved = (
+        drift[drift["setting"] == "all layers, bare prompt, fixed targets"].groupby("layer")["drift"].max()
+    )
+    assert moved[0] == 0.0 and moved[1] > 1e-4  # the lowest edited layer sees no change
+    assert bench.lm.fingerprint() == bench.fingerprint
+
+
+def test_scores_in_the_papers_form(bench):
+    bench.prepare()
+    rows, text = arm_scores(bench, "memit-seq", 2)
+    before, _ = scores_now(bench, bench.facts)
+    row = paper_row(rows, text, "rome", n_boot=50)
+    assert set(row) == {"Eff", "Gen", "Spe"}
+    assert row["Eff"]["n"] == 4 and 0 <= row["Eff"]["lo"] <= row["Eff"]["mean"] <= row["Eff"]["hi"] <= 1
+    assert set(before["protocol"]) == {"rome", "generate"}
+    assert bench.lm.fingerprint() == bench.fingerprint
+    text = pd.DataFrame({"fluency": [5.0, 6.0], "consistency": [0.2, 0.4]})
+    assert paper_row(rows, text, "rome", n_boot=50)["Flu"]["mean"] == pytest.approx(5.5)
+
+
+def test_checkpoints_lie_between_batches(bench):
+    bench.prepare()
+    editor, seen = bench.editor("memit"), []
+    edit_stream(editor, bench.facts, 1, checkpoint=seen.append, every=3)
+    editor.restore()
+    assert seen == [0, 3, 4]
+    with pytest.raises(ConfigError, match="no multiple"):
+        edit_stream(editor, bench.facts, 2, checkpoint=seen.append, every=3)
+
+
+def test_checkups_along_a_stream(bench):
+    bench.prepare()
+    checkup = Checkup.of(bench, ["The weather is fine today."])
+    rows, scalars = watch(checkup, "memit", 2, 2, start=checkup.take())
+    assert scalars["edits"].tolist() == [0, 2, 4]
+    assert scalars["shift"].iloc[0] == 0 < scalars["shift"].iloc[1]
+    assert rows.groupby(["metric", "edits"]).size().to_dict() == {
+        ("kept", 2): 2, ("kept", 4): 4, ("recall", 0): 2, ("recall", 2): 2, ("recall", 4): 2,
+        ("log_perplexity", 0): 1, ("log_perplexity", 2): 1, ("log_perplexity", 4): 1,
+    }  # fmt: skip
+    assert bench.lm.fingerprint() == bench.fingerprint
+
+
+def test_a_spread_sample_covers_the_stream():
+    assert spread(list(range(10)), 4) == [0, 3, 6, 9]
+    assert spread([1, 2], None) == spread([1, 2], 5) == [1, 2]
+
+
+def test_unknown_arms_are_refused(bench):
+    with pytest.raises(ConfigError, match="memit-seq"):
+        bench.editor("memit-sq")
+
+
+def test_bystanders_of_a_corpus_have_other_subjects():
+    facts = [Fact("{} lives in", f"S{i // 2}", "A", "B", case_id=str(i)) for i in range(8)]
+    facts += [Fact("{} works in", f"S{i}", "A", "B", case_id=f"w{i}") for i in range(4)]
+    chosen, rest = split_facts(facts, 2, 10)
+    assert [f.subject for f in chosen] == ["S0", "S1"]
+    assert {s for _, s, _ in rest} == {"S2", "S3"}
+    with pytest.raises(DataError, match="8 usable facts"):
+        split_facts(facts, 9, 0)
+
+
+def test_no_edit_touches_a_bystander():
+    world = World(seed=0, n_people=20, n_companies=4)
+    facts = edit_facts(world, 12, 0)
+    touched = {c.key for f in facts for c in changes(world, f.relation, f.subject, f.target)}
+    rows = untouched(world, facts, 100, 0)
+    assert len(rows) == 100
+    asked = {(t, s) for t, s, _ in rows}
+    for relation, subject in touched:
+        for template in world.relation(relation).templates:
+            assert (template.text, subject) not in asked
