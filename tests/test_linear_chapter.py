@@ -1,4 +1,4 @@
-"""The Python blocks of the derivation chapter run in the order of the page; its labels are unique and used."""
+"""The Python blocks of the derivation chapter run in the order of the page; labels are unique and used."""
 
 import re
 from collections import Counter
