@@ -55,7 +55,7 @@ def plain_loop(lm, fact, layer, cfg, contexts, *, module="block", token="subject
         kl = cfg.kl_factor * (now.exp() * (now - then)).sum()
         decay = cfg.weight_decay * delta.norm() / start["h"].norm() ** 2
         loss = nll + kl + decay
-        losses.append([float(x) for x in (loss, nll, kl, decay)])
+        losses.append([float(x.detach()) for x in (loss, nll, kl, decay)])
         if loss < cfg.loss_threshold or step == cfg.steps - 1:
             break
         optimizer.zero_grad()
@@ -109,9 +109,9 @@ def test_padding_of_longer_facts_does_not_matter(tiny_lm, facts):
     long = Fact(
         "In the old city near the river I think that {} can see the", "Karin Ann Fischer", "old house"
     )
-    alone = optimize_targets(lm, facts[:1], 1, CFG)
-    padded = optimize_targets(lm, [*facts[:1], long], 1, CFG)
-    split = optimize_targets(lm, [*facts[:1], long], 1, CFG.replace(tokens_per_batch=1))
+    alone = optimize_targets(lm, facts[:1], 0, CFG)
+    padded = optimize_targets(lm, [*facts[:1], long], 0, CFG)
+    split = optimize_targets(lm, [*facts[:1], long], 0, CFG.replace(tokens_per_batch=1))
     assert (alone.z[:, 0] - padded.z[:, 0]).abs().max() < 1e-5
     assert (padded.z - split.z).abs().max() < 1e-5
 

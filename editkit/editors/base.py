@@ -136,12 +136,8 @@ class Editor(ABC):
         if self._start is None:
             self._start = before
         self.n_facts += len(facts)
-        after = {
-            name: (self._masters[name] if name in self._masters else self.lm.parameter(name).detach())
-            .cpu()
-            .clone()
-            for name in names
-        }
+        after = {name: value.cpu() for name, value in snapshot(self.lm, names).items()}
+        after |= {name: value.cpu().clone() for name, value in self._masters.items()}
         loss = {
             name: cast_loss(before[name], after[name], before[name].dtype)
             for name in names
@@ -150,15 +146,8 @@ class Editor(ABC):
         if loss:
             metadata = {**metadata, "cast_loss": loss}
         self._last = after
-        return Delta(
-            before,
-            after,
-            self.name,
-            self.config.to_dict(),
-            describe_facts(facts),
-            self._fingerprint(),
-            metadata,
-        )
+        config = self.config.to_dict()
+        return Delta(before, after, self.name, config, describe_facts(facts), self._fingerprint(), metadata)
 
     def restore(self) -> None:
         """Put the weights back to what they were before this editor's first edit, bit for bit, and forget."""
@@ -212,6 +201,9 @@ class Editor(ABC):
                 else ", ".join(f"{k} = {meta['config'].get(k)!r} (here {mine.get(k)!r})" for k in differ)
             )
             raise ConfigError(f"the saved stream was made with {what}; make the editor with the same options")
+        contexts = None if meta["contexts"] is None else ContextTemplates.of(meta["contexts"])
+        if self.contexts is not None and contexts is not None and self.contexts != contexts:
+            raise ConfigError("the saved stream used other context templates; pass the same, or none")
         parts: dict[str, dict[str, Tensor]] = {"history": {}, "start": {}, "now": {}, "master": {}}
         for key, value in tensors.items():
             part, _, name = key.partition(":")
@@ -225,8 +217,7 @@ class Editor(ABC):
                 "edits; load the model the stream was started on"
             )
         self._reset()
-        if meta["contexts"] is not None:
-            self.contexts = ContextTemplates.of(meta["contexts"])
+        self.contexts = contexts or self.contexts
         self.load_history(meta["history"], parts["history"])
         write(self.lm, parts["now"])
         self._masters = {k: v.to(self.lm.parameter(k).device) for k, v in parts["master"].items()}
