@@ -18,8 +18,8 @@ def _blocks(d: int):
 
 
 def add_symmetric_(M: Tensor, A: Tensor, B: Tensor) -> None:
-    """In place ``M += A^T B``, a symmetric product of A, B (n, d), on the lower block triangle of M (d,
-    d)."""
+    """In place ``M += A^T B``, a symmetric product of A, B (n, d), on the lower block triangle of M (d, d).
+    """
     for i, j in _blocks(M.shape[0]):
         M[i:, i:j].addmm_(A[:, i:].T, B[:, i:j])
 
@@ -43,8 +43,9 @@ class InverseGram(AccumulatedLeastSquares):
     """Keeps ``Pi = C^{-1}`` by the Woodbury identity, O(d^2 n) a batch.
 
     With ``H = Pi K`` and ``T = I + s K^T H`` (s = +1 add, -1 retire): ``K^T C_new^{-1} = T^{-1} H^T`` and
-    ``Pi_new = Pi - s Y Y^T`` with ``Y = H T^{-1/2}``, so Pi stays symmetric. Keys are folded into C only when
-    d of them wait (C is needed for checks, re-factorisation and compensation, not for the update).
+    ``Pi_new = Pi - s Y Y^T`` with ``Y = H T^{-1/2}``, so Pi stays symmetric. C is needed for checks,
+    re-factorisation and compensation, not for the update: new keys wait beside it and are folded in when
+    `fold_after` of them wait (default 4 d, at most 4 d^2 numbers) or when a product with C gets cheaper so.
 
     Round-off grows with the number of updates, so after every `check_every` batches the error ``||Pi C -
     I||_F`` is estimated (`error`) and Pi is re-factorised from C, O(d^3), when it exceeds `tolerance` and is
@@ -55,12 +56,13 @@ class InverseGram(AccumulatedLeastSquares):
     name = "inverse"
 
     def __init__(self, M0, d: int | None = None, *, basis=None, tag: str = "", tolerance: float = 1e-9,
-                 check_every: int = 10):
+                 check_every: int = 10, fold_after: int | None = None):
         if tolerance <= 0 or check_every < 1:
             raise NumericsError("tolerance must be > 0 and check_every at least 1")
         self.tolerance, self.check_every = tolerance, check_every
         self.refactored, self.last_error, self.floor = 0, 0.0, 0.0
         super().__init__(M0, d, basis=basis, tag=tag)
+        self.fold_after = fold_after or 4 * self.rank
 
     def _start(self) -> None:
         self._C = self._M0()
@@ -76,7 +78,7 @@ class InverseGram(AccumulatedLeastSquares):
         Y = torch.linalg.solve_triangular(L, H, upper=False)
         add_symmetric_(self._Pi, Y * -sign, Y)
         self._waiting.append((sign, keys))
-        if sum(len(keys) for _, keys in self._waiting) >= self.rank:
+        if sum(len(keys) for _, keys in self._waiting) >= self.fold_after:
             self._fold()
         self._since += 1
         if self._since >= self.check_every:
@@ -87,11 +89,12 @@ class InverseGram(AccumulatedLeastSquares):
         return torch.linalg.solve_triangular(L.T, Y, upper=True)
 
     def _fold(self) -> None:
-        if self._waiting:
-            keys = torch.cat([keys for _, keys in self._waiting])
-            signed = torch.cat([sign * keys for sign, keys in self._waiting])
-            add_symmetric_(self._C, signed, keys)
-            self._waiting = []
+        while self._waiting:                                                 # at most about d keys at a time
+            group = [self._waiting.pop(0)]
+            while self._waiting and sum(len(keys) for _, keys in group) < self.rank:
+                group.append(self._waiting.pop(0))
+            keys = torch.cat([keys for _, keys in group])
+            add_symmetric_(self._C, torch.cat([sign * keys for sign, keys in group]), keys)
 
     def refactor(self) -> float:
         """Recompute Pi from C, O(d^3), and return the error that remains (estimate)."""
@@ -105,6 +108,8 @@ class InverseGram(AccumulatedLeastSquares):
         return times_symmetric(B, self._Pi)
 
     def _times(self, X: Tensor) -> Tensor:
+        if 4 * len(X) > self.rank:
+            self._fold()
         out = times_symmetric(X, self._C)
         for sign, keys in self._waiting:
             out.addmm_(X @ keys.T, keys, alpha=sign)

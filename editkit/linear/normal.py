@@ -3,9 +3,9 @@
 Sources: ROME (Meng et al. 2022), MEMIT (Meng et al. 2023), AlphaEdit (Fang et al. 2025), The Labyrinth and
 the Thread (arXiv 2605.26670); the chapter book/labyrinth/derivation.md proves what is used here.
 
-Symbols: d key width, m value width, n facts of the batch, W (m, d), K (d, n), V and R = V - W K (m, n),
-C0 (d, d) mean over tokens of k k^T, S (d, d) sum of k k^T over earlier facts, Delta (m, d) is added to W.
-All functions accept tensors or arrays, compute in float64 on the inputs' device, and raise NumericsError on
+Symbols: d key width, m value width, n facts of the batch, W (m, d), K (d, n), V and R = V - W K (m, n), C0
+(d, d) mean over tokens of k k^T, S (d, d) sum of k k^T over earlier facts, Delta (m, d) is added to W. All
+functions accept tensors or arrays, compute in float64 on the inputs' device, and raise NumericsError on
 NaN/Inf, wrong shapes and singular systems.
 """
 
@@ -52,8 +52,8 @@ def null_projector(C0, threshold: float) -> Projector:
 
 
 def as_projector(P, d: int) -> Projector:
-    """Projector from a `Projector` or a (d, d) matrix with ``P = P^T = P^2`` up to 1e-4 (float32 files
-    pass)."""
+    """Projector from a `Projector` or a (d, d) matrix with ``P = P^T = P^2`` up to 1e-4 (float32 files pass).
+    """
     if isinstance(P, Projector):
         return Projector(as_float64(P.P, "P", (d, d)), as_float64(P.U, "U", (d, None)))
     P = as_float64(P, "P", (d, d))
@@ -74,7 +74,8 @@ def _batch(K, R, name: str = "R") -> tuple[Tensor, Tensor]:
 
 def _step(factor: Factor, K: Tensor, R: Tensor, E: Tensor | None) -> Tensor:
     """Solution of ``Delta C = R K^T - E`` with the factorised C; the thinner of the two right-hand sides is
-    solved."""
+    solved.
+    """
     if E is None and K.shape[1] < R.shape[0]:
         return R @ factor.solve(K.T)
     return factor.solve(R @ K.T if E is None else R @ K.T - as_float64(E, "E", (R.shape[0], K.shape[0])))

@@ -1,7 +1,7 @@
 """Post-processing of solved updates (RECT, PRUNE) and the error compensation that keeps a sequence exact.
 
-Sources: RECT (Gu et al. 2024), PRUNE (Ma et al. 2025), Labyrinth (arXiv 2605.26670) Algorithm 1.
-Shapes: W, Delta, E (m, d); C (d, d); K (d, n); R (m, n).
+Sources: RECT (Gu et al. 2024), PRUNE (Ma et al. 2025), Labyrinth (arXiv 2605.26670) Algorithm 1. Shapes: W,
+Delta, E (m, d); C (d, d); K (d, n); R (m, n).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Each engine holds ``C_t = M_0 + sum_s K_s K_s^T`` in some form and returns the a
 facts of the batch, N facts so far:
 
     DirectGram    O(d^3)        a batch, d^2 numbers    re-solves every time: the baseline
-    InverseGram   O(d^2 n)      a batch, 2 d^2 numbers  keeps C^{-1} by Woodbury (inverse_gram.py)
+    InverseGram   O(d^2 n)      a batch, 2 d^2 numbers  keeps C^{-1} by Woodbury, and keys (inverse_gram.py)
     CholeskyGram  O(d^2 n)      a batch, d^2 numbers    keeps the Cholesky factor (cholesky_gram.py)
     KeysOnly      O(d N n)      a batch, 2 d N numbers  keeps keys only, for N below d (keys_only.py)
 
@@ -165,16 +165,16 @@ class AccumulatedLeastSquares(ABC):
         return float(torch.linalg.vector_norm(gap)) / (1.0 if probes is None else probes**0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"meta": JSON-able description, "tensors": name -> tensor}; continuing from it repeats every
-        bit."""
+        """{"meta": JSON-able description, "tensors": name -> tensor}; continuing from it repeats every bit.
+        """
         keys = b"".join(sorted(self._written.elements()))
         written = torch.tensor(list(keys), dtype=torch.uint8).reshape(-1, _DIGEST)
         return {"meta": self._identity() | {"steps": self.steps},
                 "tensors": {"written": written} | {k: v.clone() for k, v in self._tensors().items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of an engine of the same kind, prior, basis and tag, else NumericsError says
-        which."""
+        """Restore a state of an engine of the same kind, prior, basis and tag, else NumericsError says which.
+        """
         for field, value in self._identity().items():
             found = state["meta"].get(field)
             if found != value:
@@ -224,8 +224,8 @@ def _digests(K: Tensor) -> list[bytes]:
 
 
 def capacity(K: Tensor, H: Tensor, sign: int) -> Tensor:
-    """Cholesky factor (n, n) of ``I + sign K^T H``, H = C^{-1} K; refuses to remove what C does not
-    contain."""
+    """Cholesky factor (n, n) of ``I + sign K^T H``, H = C^{-1} K; refuses to remove what C does not contain.
+    """
     inner = sign * (K.T @ H)
     inner = (inner + inner.T) / 2
     inner.diagonal().add_(1.0)

@@ -4,8 +4,8 @@ Every solve of the package has the form ``X C = B`` with a symmetric Gram matrix
 ``X`` and ``B`` (m, d). `factorize` tries Cholesky, estimates the condition number, and falls back to an
 eigendecomposition (minimum-norm solution, Moore-Penrose) when ``C`` is singular to working precision.
 
-Symbols: d key width, m value width, n number of facts; keys K (d, n) are columns, values V (m, n), weights
-W (m, d).
+Symbols: d key width, m value width, n number of facts; keys K (d, n) are columns, values V (m, n), weights W
+(m, d).
 """
 
 from __future__ import annotations
