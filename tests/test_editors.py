@@ -40,7 +40,9 @@ def statistics(lm, layers=(0, 1)):
 def make(name, lm, **changes):
     options = {"layers": [0] if name == "rome" else [0, 1], **FAST.get(name, OTHERS)}
     if name != "ft":
-        options |= {"contexts": CONTEXTS, "statistics": statistics(lm)}
+        options |= {"contexts": CONTEXTS}
+    if name != "ft" and changes.get("whiten", True):
+        options |= {"statistics": statistics(lm)}
     return make_editor(name, lm, **{**options, **changes})
 
 
@@ -239,10 +241,11 @@ def test_alphaedit_with_history_equals_the_projected_one_time_edit():
 def test_compensation_keeps_a_post_processed_sequence_on_the_one_time_path(name, processing):
     lm = double(make_lm("gpt2"))
     with torch.no_grad():
-        lm.weight(0).mul_(0.05)  # a small spectrum, so that PRUNE has something to squash
+        lm.weight(0).mul_(0.01)  # a small spectrum, so that PRUNE has something to squash
     W0 = lm.get_matrix(0)
     options = {"when": "step"} if name == "prune" else {}
     editor, facts = fixed(name, lm, history=True, compensate=True, processing=processing, **options)
+    lost = []
     for i in range(0, 10, 2):
         editor.edit(facts[i : i + 2])
         K = editor.keys(facts[: i + 2], 0)
@@ -251,7 +254,8 @@ def test_compensation_keeps_a_post_processed_sequence_on_the_one_time_path(name,
         B = (editor.targets(facts[: i + 2]) - W0 @ K) @ K.T
         # The cache is the gradient at the written weights: A C = B + E (Labyrinth Algorithm 1).
         assert (A @ C - B - editor.error[0]).norm() < 1e-8 * B.norm()
-        assert editor.error[0].norm() > 1e-3 * B.norm()
+        lost.append(float(editor.error[0].norm() / B.norm()))
+    assert max(lost) > 1e-2
     aligned = (lm.get_matrix(0) - one_time(editor, facts, W0, prior_of(editor))).norm()
     editor.restore()
     plain, _ = fixed(name, lm, history=True, processing=processing, **options)

@@ -188,7 +188,6 @@ def encode_targets(
     return TargetRows(encoding, positions, lengths, [torch.tensor(p, device=last.device) for p in places])
 
 
-@torch.enable_grad()
 def _evaluate(
     lm: LM, batch: tuple[Encoding, Tensor, Tensor], delta: Tensor, names: tuple[str, str, str],
     start: dict[str, Tensor], n_rows: int, cfg: TargetConfig,
@@ -240,6 +239,7 @@ def _evaluate(
     return torch.stack([nll + kl + decay, nll, kl, decay], dim=-1)
 
 
+@torch.enable_grad()
 def _optimize(
     lm: LM,
     rows: TargetRows,
