@@ -237,7 +237,8 @@ def test_no_process_outlives_a_killed_runner(tmp_path):
     command = [sys.executable, "-m", "editkit.cli", "run", "studies/default.yaml", "--root", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not list((layout.scratch / "work").glob("slow-*/checkpoint")) and time.monotonic() < deadline:
+    while not list((layout.scratch / "work").glob("slow-*/checkpoint")):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2, "a worker and a kernel should be running"

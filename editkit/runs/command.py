@@ -73,7 +73,7 @@ def _load(args) -> tuple[Study, object]:
     from .layout import Layout, find_root
 
     root = args.root.resolve() if args.root else find_root()
-    path = args.study if args.study.exists() or args.study.is_absolute() else root / args.study
+    path = args.study if args.study.exists() and not args.root else root / args.study
     return load_study(path, dict(map(parse_override, getattr(args, "overrides", [])))), Layout(root)
 
 

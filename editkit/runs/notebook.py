@@ -92,9 +92,9 @@ def check_notebook(notebook: nbformat.NotebookNode, name: str) -> dict[str, Decl
     """Everything that can be refused before a kernel starts; returns the declared parameters."""
     declared = declared_parameters(notebook, name)
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
-    for call in ("start(globals())", ".finish()"):
+    for call in ("start(globals()", ".finish()"):
         if call not in code:
-            raise ConfigError(f"{name}: no cell calls {call}; see book/contributing/notebooks.md")
+            raise ConfigError(f"{name}: no cell has the call {call}; see book/contributing/notebooks.md")
     return declared
 
 
