@@ -8,7 +8,15 @@ from editkit.errors import ConfigError, DataError
 from editkit.facts import Fact, Probe
 from editkit.labyrinth.bench import ARMS, Bench, split_facts, untouched
 from editkit.labyrinth.health import Checkup, watch
-from editkit.labyrinth.streams import arm_scores, edit_stream, paper_row, pipeline_gap, scores_now, spread
+from editkit.labyrinth.streams import (
+    arm_scores,
+    edit_stream,
+    paired_gain,
+    paper_row,
+    pipeline_gap,
+    scores_now,
+    spread,
+)
 from editkit.locate.contexts import ContextTemplates
 from editkit.statistics import Covariance
 from editkit.world.records import changes, edit_facts
@@ -28,8 +36,9 @@ def bench(tiny_lm, facts) -> Bench:
     probes = (Probe("The weather in Paris is", "fine"),)
     facts = [f.replace(paraphrases=(f"Today {f.text}",), neighborhood=probes) for f in facts]
     return Bench(
-        lm, None, facts, OPTIONS, {k: v for k, v in OPTIONS.items() if k != "lam"} | {"threshold": 10.0},
-        statistics, ContextTemplates((("{}",), ("You can see. {}",))), lm.fingerprint(),
+        lm, World(seed=0, n_people=20, n_companies=4), "own", facts, OPTIONS,
+        {k: v for k, v in OPTIONS.items() if k != "lam"} | {"threshold": 10.0}, statistics,
+        ContextTemplates((("{}",), ("You can see. {}",))), lm.fingerprint(),
         bystanders=[("The old city of {} is", "Vienna", "fine"), ("{} is near", "Rome", "the river")],
     )  # fmt: skip
 
@@ -101,6 +110,17 @@ def test_checkpoints_lie_between_batches(bench):
     assert seen == [0, 3, 4]
     with pytest.raises(ConfigError, match="no multiple"):
         edit_stream(editor, bench.facts, 2, checkpoint=seen.append, every=3)
+
+
+def test_a_gain_is_paired_by_fact_and_seed():
+    rows = pd.DataFrame({
+        "fact_id": ["a", "a", "b", "b"], "axis": "efficacy", "protocol": "rome", "seed": 0,
+        "arm": ["x", "y", "x", "y"], "success": [1.0, 0.0, 1.0, 1.0],
+    })  # fmt: skip
+    gain = paired_gain(rows[rows["arm"] == "x"], rows[rows["arm"] == "y"], "efficacy", "rome", n_boot=50)
+    assert gain.mean == 0.5 and gain.n == 2
+    with pytest.raises(DataError, match="not the same facts"):
+        paired_gain(rows[rows["arm"] == "x"], rows[:2], "efficacy", "rome")
 
 
 def test_checkups_along_a_stream(bench):

@@ -36,15 +36,15 @@ def test_drift_needs_two_equal_clouds():
 
 
 def test_recall_agrees_with_greedy_generation(tiny_lm):
-    lm = tiny_lm("llama")
-    prompt = "The weather is"
-    said = generate(lm, [prompt], max_new_tokens=2)[0].text
-    if not said.startswith(" "):
-        pytest.skip("the random model does not continue with a new word")
-    found = recall(
-        lm, [("The {} is", "weather", said.strip()), ("The {} is", "weather", "fine river Rome")], stop=""
-    )
-    assert found[1] == 0.0
+    lm = tiny_lm("llama", "wordlevel")
+    subjects = ("weather", "river", "old house", "violin", "city")
+    said = [g.text.strip() for g in generate(lm, [f"The {s} is" for s in subjects], max_new_tokens=1)]
+    words = [(s, w) for s, w in zip(subjects, said, strict=True) if w]
+    assert words, "the random model says special tokens only; take another seed"
+    right = [("The {} is", s, w) for s, w in words]
+    wrong = [("The {} is", s, "Paris" if w != "Paris" else "Rome") for s, w in words]
+    assert recall(lm, right, stop="").tolist() == [1.0] * len(words)
+    assert recall(lm, wrong, stop="").tolist() == [0.0] * len(words)
 
 
 def test_held_out_people_are_not_in_the_world():

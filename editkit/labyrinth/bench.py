@@ -88,7 +88,8 @@ class Bench:
     """
 
     lm: LM
-    world: World | None
+    world: World
+    corpus: str
     facts: list[Fact]
     options: dict[str, Any]
     alphaedit: dict[str, Any]
@@ -106,6 +107,11 @@ class Bench:
     @property
     def token(self) -> str:
         return self.options.get("token", "subject_last")
+
+    @property
+    def stop(self) -> str:
+        """What ends a stated fact: the world's sentences end after the answer, other corpora do not say."""
+        return "." if self.corpus == "world" else ""
 
     def arm_options(self, arm: str) -> dict[str, Any]:
         """The options an arm is made with: the preset's, then the arm's own."""
@@ -207,15 +213,15 @@ def open_bench(
     from ..world import load_world, testbed
 
     lm = testbed.open_model(model)
-    world = load_world()
+    world = load_world(model if (Path(model) / "world.json").exists() else None)
     chosen, alphaedit = _options(testbed, lm, dict(options or {}))
     facts, bystanders = _facts(world, corpus, n, seed, n_paraphrases, protected, n_bystanders)
     statistics = testbed.statistics(lm, world, chosen["layers"], cache_dir, max_texts=max_texts)
     number = chosen.get("n_contexts", 5) if n_contexts is None else n_contexts
     contexts = sample_contexts(lm, number, chosen.get("context_length", 10), chosen.get("seed", 0))
     return Bench(
-        lm, world if corpus == "world" else None, facts, chosen, alphaedit, statistics, contexts,
-        lm.fingerprint(), None if cache_dir is None else Path(cache_dir), {}, bystanders,
+        lm, world, corpus, facts, chosen, alphaedit, statistics, contexts, lm.fingerprint(),
+        None if cache_dir is None else Path(cache_dir), {}, bystanders,
     )  # fmt: skip
 
 

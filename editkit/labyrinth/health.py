@@ -107,7 +107,7 @@ class Checkup:
         metric "recall" for each bystander and "log_perplexity" for each text."""
         bench = self.bench
         found = {
-            "recall": recall(bench.lm, bench.bystanders, stop="." if bench.world else ""),
+            "recall": recall(bench.lm, bench.bystanders, stop=bench.stop),
             "log_perplexity": text_perplexity(bench.lm, self.texts),
         }
         scalars = drift(self.before, states(bench, bench.bystanders))

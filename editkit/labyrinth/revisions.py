@@ -13,7 +13,6 @@ from ..errors import RequestError
 from ..facts import Fact
 from ..models import LM
 from ..scoring import generate, says, score_targets
-from ..world import World
 from .bench import Bench
 
 
@@ -82,7 +81,7 @@ def revision_stream(
 
 def object_pools(bench: Bench) -> dict[str, list[str]]:
     """relation (or prompt) -> objects that occur in it, in the world or among the facts of the corpus."""
-    if isinstance(bench.world, World):
+    if bench.corpus == "world":
         return {r: bench.world.objects(r) for r in {f.relation for f in bench.facts}}
     pools: dict[str, list[str]] = {}
     for fact in bench.facts:

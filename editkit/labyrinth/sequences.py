@@ -85,7 +85,7 @@ def random_problem(
 ) -> Problem:
     """Gaussian keys with a common mean and a decaying spectrum, targets `change` away from present values.
 
-    The prior is `weight` times the Gram matrix of 4 d further keys of the same distribution: what should stay.
+    The prior is `weight` times the Gram matrix of 4 d more keys of the same distribution: what should stay.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -9,11 +9,11 @@ import pandas as pd
 from torch import Tensor
 
 from ..editors import Editor
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..facts import Fact
 from ..locate.contexts import ContextTemplates
 from ..locate.keys import compute_keys
-from ..scoring import bootstrap_mean, score, score_text, summarize
+from ..scoring import Interval, bootstrap_mean, score, score_text, summarize
 from .bench import Bench
 from .sequences import batches_of, relative
 
@@ -120,6 +120,24 @@ def paper_row(
             interval = bootstrap_mean(values, groups, n_boot=n_boot)
             found[column] = {"mean": interval.mean, "lo": interval.lo, "hi": interval.hi, "n": interval.n}
     return found
+
+
+def paired_gain(
+    a: pd.DataFrame, b: pd.DataFrame, axis: str, protocol: str, *, n_boot: int = 1000
+) -> Interval:
+    """Mean success of a minus that of b on the same facts, 95 % bootstrap interval over facts (and seeds).
+
+    a, b: rows of `scores_now` with a column seed. Raises DataError if they do not hold the same facts.
+    """
+    x, y = (
+        t[(t["axis"] == axis) & (t["protocol"] == protocol)].groupby(["seed", "fact_id"])["success"].mean()
+        for t in (a, b)
+    )
+    if set(x.index) != set(y.index) or not len(x):
+        raise DataError(f"not the same facts on {axis}: {len(x)} and {len(y)}; score both on one list")
+    gain = (x - y.reindex(x.index)).reset_index()
+    groups = gain["seed"] if gain["seed"].nunique() > 1 else None
+    return bootstrap_mean(gain["success"], groups, n_boot=n_boot)
 
 
 def total_updates(bench: Bench, layers: Sequence[int]) -> Callable[[], dict[int, Tensor]]:
