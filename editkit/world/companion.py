@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from ..models import load_lm
 from .corpus import Example, statement_example, train_tokenizer
 from .train import TrainConfig, greedy_recall, train
 
@@ -123,15 +124,35 @@ def build(out_dir: str | Path, config: CompanionConfig, recipe: TrainConfig, cor
     return save(out, model, tokenizer, world, corpus, config, recipe, records)
 
 
+def as_llama(model):
+    """The same function as a LlamaForCausalLM (attention biases on, that of the output projection zero).
+
+    The model is trained as Qwen2, but AutoTokenizer replaces the tokenizer of every folder of type qwen2 by Qwen2's
+    own rules (transformers 5.x), under which names at the start of a text are cut differently. Type llama keeps ours.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    twin = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps, rope_parameters=c.rope_parameters, attention_bias=True,
+        tie_word_embeddings=True, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
+    ))
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    if unexpected or any(not n.endswith("o_proj.bias") for n in missing):
+        raise DataError(f"the model does not fit the llama form: missing {missing}, unexpected {unexpected}")
+    for block in twin.model.layers:
+        torch.nn.init.zeros_(block.self_attn.o_proj.bias)
+    return twin.eval()
+
+
 def save(out: Path, model, tokenizer, world, corpus, config: CompanionConfig, recipe: TrainConfig, records) -> dict:
     """Write weights (float16 on disk, opened as float32), tokenizer, world.json, training log, report and hashes."""
-    model = model.half().float()  # what is reported is what is stored
-    report = recall_report(model, tokenizer, world, corpus)
-    tokenizer.save_pretrained(out)
-    model.half().save_pretrained(out)
-    settings = json.loads((out / "config.json").read_text())
-    settings["dtype"] = "float32"
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_model(out, model, tokenizer)
+    lm = load_lm(str(out))  # what is reported is what a user opens
+    report = recall_report(lm.model, lm.tokenizer, world, corpus)
     (out / "world.json").write_text(json.dumps(
         {"companion": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
          "corpus_facts": len(corpus)}, indent=2) + "\n")
@@ -141,6 +162,18 @@ def save(out: Path, model, tokenizer, world, corpus, config: CompanionConfig, re
         {n: file_hash(out / n) for n in ("model.safetensors", "tokenizer.json", "config.json")}, indent=2) + "\n")
     write_card(out)
     return report
+
+
+def write_model(out: Path, model, tokenizer) -> None:
+    """Weights (float16 on disk, opened as float32) and tokenizer in Hugging Face's layout."""
+    tokenizer.save_pretrained(out)
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    as_llama(model).half().save_pretrained(out)
+    settings = json.loads((out / "config.json").read_text())
+    settings["dtype"] = "float32"
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def write_card(folder: str | Path, note: str = "") -> Path:
@@ -185,8 +218,6 @@ the book's page "The world and the model".
 
 def load_companion(path: str | Path | None = None, *, check: bool = True):
     """The shipped companion as an editkit LM (float32). Raises DataError if files are missing or altered."""
-    from ..models import load_lm
-
     folder = Path(path) if path else SHIPPED
     hashes = folder / "sha256.json"
     if not hashes.exists():
