@@ -57,6 +57,7 @@ VARIANTS = [
     ("alphaedit", {"solver": "released"}),
     ("alphaedit", {"lam": 5.0, "engine": "keys"}),
     ("memit", {"history": True, "engine": "inverse"}),
+    ("memit_seq", {"solver": "released"}),
     ("memit_seq", {"conflicts": "replace", "engine": "cholesky"}),
     ("rect", {"history": True, "compensate": True}),
     ("rect", {"history": True, "processing": "after_loop", "keep": 0.4}),
@@ -404,6 +405,9 @@ def test_conflict_policies():
     with pytest.raises(RequestError, match="already written"):
         editor.edit([new])
     assert torch.equal(lm.get_matrix(0), W1)
+    with pytest.raises(RequestError, match="same fact"):
+        editor.edit([facts[7].replace(relation="P1"), facts[8].replace(relation="P1")])
+    editor.edit(facts[5:6])  # a refusal does not end the stream
     with pytest.raises(ConfigError, match="history=True"):
         make("memit", lm, conflicts="replace")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import option
-from ..errors import ConfigError
+from ..errors import ConfigError, RequestError
 from ..facts import Fact
 from ..linear.conflicts import EditStream
 from ..linear.engines import make_engine
@@ -43,6 +43,10 @@ class AccumulateConfig(LocateConfig):
         "old one, or raise RequestError; the last two store d + m numbers per fact and layer",
         source="Labyrinth Proposition 3.5",
     )  # fmt: skip
+    solver: Literal["symmetric", "released"] = option(
+        "symmetric",
+        "float64 throughout, or as released: history in float32, and AlphaEdit's non-symmetric float32 solve",
+    )  # fmt: skip
 
 
 def fact_id(fact: Fact) -> str:
@@ -62,9 +66,15 @@ class AccumulateEditor(LayerwiseEditor):
         None.
         """
 
+    @abstractmethod
+    def released(self, layer: int, K: Tensor, R: Tensor, S: Tensor | None, E: Tensor | None) -> Tensor:
+        """Delta (m, d) as released; S (d, d) is the float32 sum of k k^T over earlier facts, or None."""
+
     def check(self) -> None:
         super().check()
         cfg = self.config
+        if cfg.solver == "released" and (cfg.conflicts != "append" or cfg.engine != "direct"):
+            raise ConfigError("solver='released' knows no conflicts and no other engine; use 'symmetric'")
         if cfg.conflicts != "append" and not cfg.history:
             raise ConfigError(
                 f"conflicts={cfg.conflicts!r} needs history=True: without it nothing is remembered"
@@ -81,6 +91,7 @@ class AccumulateEditor(LayerwiseEditor):
 
     def reset_history(self) -> None:
         self.streams: dict[int, EditStream] = {}
+        self.caches: dict[int, Tensor] = {}  # float32 sums of k k^T, of the released solver only
 
     def stream(self, layer: int) -> EditStream:
         """The layer's accumulated constraints; a fresh one at every call if history is off."""
@@ -95,15 +106,47 @@ class AccumulateEditor(LayerwiseEditor):
             self.streams[layer] = stream
         return stream
 
+    def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
+        policy = self.config.conflicts
+        if policy != "append":
+            stream = self.streams.get(self.config.layers[0])
+            written = stream.pairs if stream is not None and policy == "refuse" else {}
+            first: dict[str, int] = {}
+            for i, name in enumerate(map(fact_id, facts)):
+                if first.setdefault(name, i) != i:
+                    raise RequestError(
+                        f"facts {first[name]} and {i} are the same fact, {name}; keep the latest, or edit "
+                        "them one after the other"
+                    )
+                if name in written:
+                    raise RequestError(
+                        f"fact {i}, {name}, is already written; drop it, or use conflicts='replace'"
+                    )
+        return super().write_facts(facts)
+
     def solve(
         self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor, E: Tensor | None = None
     ) -> Tensor:
         """Delta (m, d); the batch joins the history. E (m, d) is subtracted from the right-hand side."""
         self._broken = self.remembers
+        if self.config.solver == "released":
+            S = self.caches.get(layer)
+            Delta = self.released(layer, K, R, S, E)
+            if self.config.history:
+                G = K.float() @ K.float().T
+                self.caches[layer] = G if S is None else S + G
+            return Delta
         stream = self.stream(layer)
         if self.config.conflicts == "append":
             return stream.engine.add(K, R, E)
         return stream.write([fact_id(f) for f in facts], K, R + W @ K, W, E)
+
+    def times(self, layer: int, X: Tensor) -> Tensor:
+        """X C_t (m, d) for X (m, d)."""
+        if self.config.solver == "symmetric":
+            return self.stream(layer).engine.times(X)
+        M0, _ = self.prior(layer)
+        return X @ M0 + X @ self.caches[layer].double()
 
     def step(self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor) -> Tensor:
         Delta = self.solve(facts, layer, K, R, W)
@@ -122,7 +165,7 @@ class AccumulateEditor(LayerwiseEditor):
             }
             tensors |= {f"engine.{layer}.{k}": v for k, v in state["engine"]["tensors"].items()}
             tensors |= {f"pairs.{layer}.{k}": state[k] for k in ("K", "V") if k in state}
-        return values, tensors
+        return values, tensors | {f"cache.{layer}": S for layer, S in self.caches.items()}
 
     def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for key, saved in values.items():
@@ -130,6 +173,7 @@ class AccumulateEditor(LayerwiseEditor):
             pairs = {k: v.to(self.lm.device(layer)) for k, v in part(tensors, f"pairs.{layer}.").items()}
             engine = {"meta": saved["meta"], "tensors": part(tensors, f"engine.{layer}.")}
             self.stream(layer).load_state_dict({"engine": engine, "ids": saved["ids"], **pairs})
+        self.caches = {int(k): S.to(self.lm.device(int(k))) for k, S in part(tensors, "cache.").items()}
 
     def gram(self, layer: int) -> Tensor:
         """C_t (d, d) of a layer's history, on the basis if there is one (U U^T C_t U U^T); M_0 before any

@@ -8,16 +8,14 @@ the ablation.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..config import option
 from ..errors import ConfigError
-from ..facts import Fact
 from ..linear.normal import Projector, alphaedit_update, null_projector
-from .accumulate import AccumulateConfig, AccumulateEditor, part
+from .accumulate import AccumulateConfig, AccumulateEditor
 from .base import register
 
 
@@ -32,10 +30,6 @@ class AlphaEditConfig(AccumulateConfig):
     )  # fmt: skip
     ridge: float = option(10.0, "weight of ||Delta||^2", source="L2", low=0)
     lam: float = option(0.0, "weight of C0 kept inside the null space (0: dropped, as published)", low=0)
-    solver: Literal["symmetric", "released"] = option(
-        "symmetric",
-        "float64 r x r Cholesky, or the float32 non-symmetric d x d solve and float32 cache as released",
-    )  # fmt: skip
 
 
 @register
@@ -49,16 +43,15 @@ class AlphaEdit(AccumulateEditor):
     def check(self) -> None:
         super().check()
         cfg = self.config
-        if cfg.solver == "released" and (cfg.conflicts != "append" or cfg.lam or not cfg.ridge):
+        if cfg.solver == "released" and (cfg.lam or not cfg.ridge):
             raise ConfigError(
-                "solver='released' knows no conflicts and no lam, and needs ridge > 0; use 'symmetric'"
+                "alphaedit: solver='released' knows no lam and needs ridge > 0; use 'symmetric'"
             )
         for layer in cfg.layers:
             self.second_moment(layer)
 
     def reset_history(self) -> None:
         super().reset_history()
-        self._caches: dict[int, Tensor] = {}  # float32 sums of k k^T of the released solver
         self._projectors: dict[int, Projector] = getattr(self, "_projectors", {})
 
     def projector(self, layer: int) -> Projector:
@@ -77,25 +70,6 @@ class AlphaEdit(AccumulateEditor):
         C0 = self.second_moment(layer)
         return cfg.lam * C0 + cfg.ridge * torch.eye(len(C0), dtype=C0.dtype, device=C0.device), U
 
-    def solve(
-        self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor, E: Tensor | None = None
-    ) -> Tensor:
-        if self.config.solver == "symmetric":
-            return super().solve(facts, layer, K, R, W, E)
-        self._broken = self.remembers
-        S = self._caches.get(layer)
-        Delta = alphaedit_update(
-            K, R, self.projector(layer), S, self.config.ridge, form="released", dtype=torch.float32
-        )
-        if self.config.history:
-            G = (K @ K.T).float()
-            self._caches[layer] = G if S is None else S + G
-        return Delta
-
-    def history(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        values, tensors = super().history()
-        return values, tensors | {f"cache.{layer}": S for layer, S in self._caches.items()}
-
-    def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().load_history(values, tensors)
-        self._caches = {int(k): S.to(self.lm.device(int(k))) for k, S in part(tensors, "cache.").items()}
+    def released(self, layer: int, K: Tensor, R: Tensor, S: Tensor | None, E: Tensor | None) -> Tensor:
+        P = self.projector(layer)
+        return alphaedit_update(K, R, P, S, self.config.ridge, form="released", dtype=torch.float32)

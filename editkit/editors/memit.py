@@ -12,6 +12,7 @@ import dataclasses
 from torch import Tensor
 
 from ..config import option
+from ..linear.normal import memit_update
 from .accumulate import AccumulateConfig, AccumulateEditor
 from .base import register
 
@@ -44,6 +45,10 @@ class MEMIT(AccumulateEditor):
         if self.config.ridge:
             M0.diagonal().add_(self.config.ridge)
         return M0, None
+
+    def released(self, layer: int, K: Tensor, R: Tensor, S: Tensor | None, E: Tensor | None) -> Tensor:
+        cfg = self.config
+        return memit_update(K, R, self.second_moment(layer), cfg.lam, S, ridge=cfg.ridge, E=E)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class PostprocessedEditor(MEMIT):
         self.record(f"upd_{layer}", raw)
         self.record(f"written_{layer}", written)
         if self.config.compensate:
-            self.error[layer] = self.stream(layer).engine.times(written - raw)
+            self.error[layer] = self.times(layer, written - raw)
         if self.config.processing == "in_loop":
             return written
         self._pending[layer] = written
