@@ -148,6 +148,7 @@ def test_misspelt_and_mistyped_parameters_are_refused(project, given, message):
         (new_notebook(cells=[code("n = 1"), *map(code, BODY)]), "exactly one code cell"),
         (new_notebook(cells=[code("n: int = 1", "parameters"), code("m: int = 1", "parameters")]), "found 2"),
         (template(parameters="n: int = 1 + 1  # not a literal"), "literal"),
+        (template(parameters="n: int | None = None  # a type papermill does not read"), "cannot read .*'n'"),
         (template(body=BODY[:2]), r"the call .finish\(\)"),
         (template(body=BODY[2:]), "the call start"),
     ],

@@ -155,20 +155,25 @@ def page(notebook: nbformat.NotebookNode, alias: str, title: str) -> nbformat.No
     for cell in new.cells:
         tags = cell.metadata.get("tags", [])
         if "injected-parameters" in tags:
-            cells.append(nbformat.v4.new_markdown_cell(f"```{{run-parameters}} {alias}\n```"))
+            cells.append(_text("parameters", f"```{{run-parameters}} {alias}\n```"))
             continue
         if "parameters" in tags and "hide-input" not in tags:
             cell.metadata["tags"] = [*tags, "hide-input"]
         cells.append(cell)
     heading = next((c for c in cells if c.cell_type == "markdown" and re.match(r"#\s", c.source)), None)
     if heading is None:
-        cells.insert(0, nbformat.v4.new_markdown_cell(f"# {title or alias}"))
+        cells.insert(0, _text("title", f"# {title or alias}"))
     elif title:
         heading.source = re.sub(r"^#\s.*", lambda _: f"# {title}", heading.source, count=1)
-    cells.append(nbformat.v4.new_markdown_cell(f"```{{provenance}} {alias}\n```"))
+    cells.append(_text("provenance", f"```{{provenance}} {alias}\n```"))
     new.cells = cells
     new.metadata.pop("papermill", None)
     return new
+
+
+def _text(name: str, source: str) -> nbformat.NotebookNode:
+    """A text cell with a fixed id, so that equal inputs give equal pages."""
+    return nbformat.v4.new_markdown_cell(source, id=f"companion-{name}")
 
 
 def _write_toc(path: Path, source: Path, manifest: dict) -> None:

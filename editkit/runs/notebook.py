@@ -62,8 +62,15 @@ def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str,
     logging.getLogger("papermill").setLevel(logging.WARNING)
     from papermill.inspection import inspect_notebook
 
+    found = inspect_notebook(notebook)
+    assigned = [n for s in ast.parse(tagged[0].source).body for n in ast.walk(s) if isinstance(n, ast.Name)]
+    if unread := {n.id for n in assigned if isinstance(n.ctx, ast.Store)} - set(found):
+        raise ConfigError(
+            f"{name}: papermill cannot read the declaration of {sorted(unread)}; "
+            "write one line each, with a plain type: name: type = value  # meaning"
+        )
     declared = {}
-    for parameter in inspect_notebook(notebook).values():
+    for parameter in found.values():
         try:
             default = ast.literal_eval(parameter["default"])
         except (ValueError, SyntaxError) as error:
