@@ -55,7 +55,7 @@ def memit(case: Case) -> list[Comparison]:
     for l in layers:
         resid = case.arrays[f"resid_{l}"]
         # The official residual is a float32 difference, exact up to the rounding of z - h.
-        out.append(compare(f"resid_{l} from recorded z", solved[f"resid_{l}"], resid, tolerance(case, 1e-6)))
+        out.append(compare(f"resid_{l} from recorded z", solved[f"resid_{l}"], resid, tolerance(case, 2e-6)))
         upd = as_matrix(lm, l, case.arrays[f"upd_{l}"])
-        out.append(compare(f"upd_{l} from recorded K", solved[f"upd_{l}"], upd, tolerance(case, 1e-6, 1e-10)))
+        out.append(compare(f"upd_{l} from recorded K", solved[f"upd_{l}"], upd, tolerance(case, 5e-6, 1e-10)))
     return out

@@ -99,6 +99,9 @@ def _steps(
         yield compare(
             f"b{t}_upd_step{c} from recorded K", restricted_update(K, R, C, neurons), upd, 2e-6, relative=True
         )
+    for name in [n for n in seen if n.startswith("state_")]:
+        recorded = f"b{t}_io_call{int(name.removeprefix('state_')) * per_pass}"
+        yield compare(recorded, seen[name], case.arrays[recorded], tol)
     for i, layer in enumerate(layers):
         name = f"b{t}_ks_call{len(calls) + i}"
         yield compare(name, seen[f"Kpost_{layer}"], case.arrays[name], tol)

@@ -80,7 +80,9 @@ class NSE(LocateEditor):
         self._pairs: dict[int, dict[int, tuple[Tensor, Tensor]]] = {layer: {} for layer in cfg.layers}
         edited = []
         for number in range(cfg.passes):
-            distance = (Z - self.current(facts).to(Z.device)).norm(dim=0)
+            now = self.current(facts).to(Z.device)
+            self.record(f"state_{number}", now)
+            distance = (Z - now).norm(dim=0)
             active = ((distance > cfg.alpha) & (distance < cfg.upper_bound)).nonzero().flatten().tolist()
             edited.append(len(active))
             if not active:
