@@ -61,8 +61,11 @@ def preset(lm: LM, method: str = "memit") -> dict[str, Any]:
 
 
 def statistics(lm: LM, world: World, layers: Sequence[int], cache_dir: str | Path | None = None, *,
-               max_texts: int | None = None):
-    """Second moments of the keys over the world's text, by layer (see `editkit.statistics.second_moment`)."""
+               max_texts: int | None = 6000):
+    """Second moments of the keys over the world's text, by layer (see `editkit.statistics.second_moment`).
+
+    max_texts: a random sample of that many texts (about 70,000 tokens at the default); None: all of them.
+    """
     from ..statistics import second_moment
 
     texts = world.corpus_texts()
@@ -70,6 +73,14 @@ def statistics(lm: LM, world: World, layers: Sequence[int], cache_dir: str | Pat
         keep = np.random.default_rng(0).choice(len(texts), max_texts, replace=False)
         texts = [texts[i] for i in sorted(keep)]
     return second_moment(lm, list(layers), texts, cache_dir=cache_dir)
+
+
+def sample_keys(world: World, n: int, seed: int = 0) -> set[tuple[str, str]] | None:
+    """n random facts (relation, subject) of the world; None (all of them) if n is 0 or more than there are."""
+    keys = [(r, s) for r in world.relations for s in world.subjects(r)]
+    if not 0 < n < len(keys):
+        return None
+    return {keys[i] for i in np.random.default_rng(seed).choice(len(keys), n, replace=False)}
 
 
 def recall(lm: LM, world: World, keys: set[tuple[str, str]] | None = None) -> pd.DataFrame:
@@ -86,8 +97,11 @@ def recall(lm: LM, world: World, keys: set[tuple[str, str]] | None = None) -> pd
     })
 
 
-def corpus_recall(lm: LM) -> pd.DataFrame | None:
-    """Greedy recall of the CLaRE corpus: columns prompt, answer, n_answers (of the prompt), hit; None if not at hand."""
+def corpus_recall(lm: LM, n: int = 0, seed: int = 0) -> pd.DataFrame | None:
+    """Greedy recall of the CLaRE corpus: columns prompt, answer, n_answers (of the prompt), hit; None if not at hand.
+
+    n: size of a random sample of its facts; 0: all.
+    """
     from ..corpora import clare
 
     try:
@@ -95,6 +109,8 @@ def corpus_recall(lm: LM) -> pd.DataFrame | None:
     except DataError:
         return None
     count = Counter(p for p, _ in pairs)
+    if 0 < n < len(pairs):
+        pairs = [pairs[i] for i in np.random.default_rng(seed).choice(len(pairs), n, replace=False)]
     hit = greedy_recall(lm.model, lm.tokenizer, *zip(*pairs, strict=True))
     return pd.DataFrame({"prompt": [p for p, _ in pairs], "answer": [a for _, a in pairs],
                          "n_answers": [count[p] for p, _ in pairs], "hit": hit})
