@@ -1,5 +1,6 @@
 """Arms, shared targets, streams and scores on a tiny random model."""
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -7,7 +8,8 @@ import torch
 from editkit.errors import ConfigError, DataError
 from editkit.facts import Fact, Probe
 from editkit.labyrinth.bench import ARMS, Bench, split_facts, untouched
-from editkit.labyrinth.health import Checkup, watch
+from editkit.labyrinth.health import Checkup, states, watch
+from editkit.labyrinth.revisions import state_gap
 from editkit.labyrinth.streams import (
     arm_scores,
     edit_stream,
@@ -112,6 +114,18 @@ def test_checkpoints_lie_between_batches(bench):
         edit_stream(editor, bench.facts, 2, checkpoint=seen.append, every=3)
 
 
+def test_state_gap_closes_when_a_fact_is_written(bench):
+    bench.options = {**OPTIONS, "lam": 1e-3}
+    bench.prepare()
+    pairs = [(f.prompt, f.subject, f.target) for f in bench.facts]
+    before = states(bench, pairs)
+    assert state_gap(bench, bench.facts, before) == pytest.approx(np.ones(4))
+    editor = bench.editor("memit-seq", contexts=ContextTemplates())
+    editor.edit(bench.facts)
+    assert state_gap(bench, bench.facts, before).max() < 0.1
+    editor.restore()
+
+
 def test_a_gain_is_paired_by_fact_and_seed():
     rows = pd.DataFrame({
         "fact_id": ["a", "a", "b", "b"], "axis": "efficacy", "protocol": "rome", "seed": 0,
@@ -119,6 +133,8 @@ def test_a_gain_is_paired_by_fact_and_seed():
     })  # fmt: skip
     gain = paired_gain(rows[rows["arm"] == "x"], rows[rows["arm"] == "y"], "efficacy", "rome", n_boot=50)
     assert gain.mean == 0.5 and gain.n == 2
+    none = paired_gain(rows[rows["arm"] == "x"], rows[rows["arm"] == "x"], "efficacy", "rome", n_boot=50)
+    assert none.mean == 0 and none.lo == -none.hi < 0
     with pytest.raises(DataError, match="not the same facts"):
         paired_gain(rows[rows["arm"] == "x"], rows[:2], "efficacy", "rome")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from ..editors import Editor
 from ..errors import RequestError
@@ -14,6 +15,7 @@ from ..facts import Fact
 from ..models import LM
 from ..scoring import generate, says, score_targets
 from .bench import Bench
+from .health import states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,16 @@ def write_round(editor: Editor, facts: Sequence[Fact], written: set[tuple[str, s
             editor.edit(new)
         written |= {(f.prompt, f.subject) for f in new}
         return len(facts) - len(new)
+
+
+def state_gap(bench: Bench, facts: Sequence[Fact], before: Tensor) -> np.ndarray:
+    """||z - h|| / ||z - h_0|| of each fact (n,): 0 where its target state is reached, 1 as if never written.
+
+    before: h_0 (m, n), the states of the same prompts on the unedited model. Needs shared targets z.
+    """
+    Z = bench.targets(facts)
+    now = states(bench, [(f.prompt, f.subject, f.target) for f in facts]).to(Z)
+    return ((Z - now).norm(dim=0) / (Z - before.to(Z)).norm(dim=0)).cpu().numpy()
 
 
 def read_back(lm: LM, stream: Stream, until: int) -> pd.DataFrame:

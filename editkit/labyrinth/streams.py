@@ -136,8 +136,12 @@ def paired_gain(
     if set(x.index) != set(y.index) or not len(x):
         raise DataError(f"not the same facts on {axis}: {len(x)} and {len(y)}; score both on one list")
     gain = (x - y.reindex(x.index)).reset_index()
-    groups = gain["seed"] if gain["seed"].nunique() > 1 else None
-    return bootstrap_mean(gain["success"], groups, n_boot=n_boot)
+    values, groups = gain["success"], gain["seed"] if gain["seed"].nunique() > 1 else None
+    if values.nunique() > 1:
+        return bootstrap_mean(values, groups, n_boot=n_boot)
+    # Equal differences cannot be resampled; the interval of a share of zero, on both sides.
+    same, width = float(values.iloc[0]), bootstrap_mean(0 * values.abs(), n_boot=n_boot).hi
+    return Interval(same, max(-1.0, same - width), min(1.0, same + width), len(values), "equal differences")
 
 
 def total_updates(bench: Bench, layers: Sequence[int]) -> Callable[[], dict[int, Tensor]]:
