@@ -248,6 +248,23 @@ def test_no_process_outlives_a_killed_runner(tmp_path):
     assert not alive
 
 
+def test_an_interrupt_ends_running_runs_and_keeps_finished_ones(tmp_path):
+    layout = make_project(tmp_path, quick="run.value('a', 1)", slow=SLOW)
+    command = [sys.executable, "-m", "editkit.cli", "run", "studies/default.yaml", "--root", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not list((layout.scratch / "work").glob("slow-*/checkpoint")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 130 and "finished runs are kept" in errors and "Traceback" not in errors
+    assert not psutil.wait_procs(family, timeout=240)[1]
+    quick, slow = load(layout)
+    assert finished(layout, quick.run_id) and finished(layout, slow.run_id) is None
+
+
 def test_a_kernel_that_does_not_start_is_tried_once_more(tmp_path, monkeypatch):
     layout = make_project(tmp_path, good=GOOD)
     calls = []

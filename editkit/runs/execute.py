@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
+import psutil
 from filelock import FileLock
 
 from ..errors import ConfigError
@@ -55,7 +56,7 @@ class Processes:
         self._closed = False
 
     def wait(self, command: list[str], **options) -> int:
-        """Start a process in a group of its own and wait for its end; returns its exit code."""
+        """Start a process that takes no part in our Ctrl-C and wait for its end; returns its exit code."""
         with self._lock:
             if self._closed:
                 return -signal.SIGTERM
@@ -72,8 +73,10 @@ class Processes:
         with self._lock:
             self._closed = True
             for process in self._alive:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(psutil.Error):
+                    for child in psutil.Process(process.pid).children(recursive=True):
+                        child.kill()
+                process.kill()
 
 
 def run_one(

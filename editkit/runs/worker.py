@@ -7,15 +7,18 @@ are registered on the machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
@@ -30,6 +33,7 @@ class OwnKernelManager(AsyncKernelManager):
         super().__init__(**kwargs)
         if os.name == "posix":  # no TCP ports: nothing to race for, nothing to listen in on
             self.transport = "ipc"
+            self.connection_file = os.path.join(os.environ["JUPYTER_RUNTIME_DIR"], "kernel.json")
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -38,12 +42,16 @@ class OwnKernelManager(AsyncKernelManager):
 
 
 def _die_with_parent() -> None:
-    """End this process (and with it its kernel) when the process that started it is gone."""
+    """End this process and its kernel, and clear up, when the process that started it is gone."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        shutil.rmtree(os.environ["JUPYTER_RUNTIME_DIR"], ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
