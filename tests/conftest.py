@@ -6,6 +6,7 @@ import functools
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import transformers as hf
@@ -15,6 +16,11 @@ from tokenizers import models as tok_models
 from editkit.architectures import ARCHITECTURES
 from editkit.facts import Fact
 from editkit.models import LM, load_lm
+
+# The same examples in every run, so that a red test says something about the change; HYPOTHESIS_PROFILE=search draws new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 MODEL_TYPES = tuple(ARCHITECTURES)
 

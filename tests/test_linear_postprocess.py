@@ -223,6 +223,7 @@ def test_all_neurons_is_memit_with_history():
 def test_consistent_nse_minimises_on_its_block_and_the_released_form_does_not(seed):
     M0, W0, Ks, Vs = problem(seed, batches=3)
     leftover = {}
+    blocks = [set(select_neurons(K, 0.7).tolist()) for K in Ks]
     for consistent in (True, False):
         W, E = W0.clone(), None
         for t, (K, V) in enumerate(zip(Ks, Vs)):
@@ -235,7 +236,12 @@ def test_consistent_nse_minimises_on_its_block_and_the_released_form_does_not(se
         leftover[consistent] = float(gradient[:, index].abs().max())
         if consistent:
             assert distance(E, gradient) < EXACT
-    assert leftover[True] < 1e-10 and leftover[False] > 1e-3
+    assert leftover[True] < 1e-10
+    # a neuron of the last block that an earlier step left out keeps that step's gradient; without one both agree
+    if any(not blocks[-1] <= earlier for earlier in blocks[:-1]):
+        assert leftover[False] > 1e-6
+    else:
+        assert leftover[False] < 1e-10
 
 
 def test_consistent_nse_passes_converge_to_the_one_time_solution():
