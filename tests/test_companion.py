@@ -11,12 +11,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editkit.errors import ConfigError, DataError
 from editkit.world import load_companion, load_world, testbed
-from editkit.world.companion import SHIPPED, CompanionConfig, as_llama, build, file_hash, make_world, training_examples
+from editkit.world.companion import (
+    SHIPPED,
+    CompanionConfig,
+    as_llama,
+    build,
+    file_hash,
+    make_world,
+    training_examples,
+)
 from editkit.world.corpus import Sampler, encode_examples, statement_example, train_tokenizer
 from editkit.world.train import Muon, TrainConfig, build_model, greedy_recall, train
 
-TINY = TrainConfig(layers=2, width=32, mlp=64, heads=2, vocab_size=400, length=32, batch_tokens=256, steps=12, warmup=2,
-                   threads=1)
+TINY = TrainConfig(
+    layers=2,
+    width=32,
+    mlp=64,
+    heads=2,
+    vocab_size=400,
+    length=32,
+    batch_tokens=256,
+    steps=12,
+    warmup=2,
+    threads=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +59,14 @@ def test_auto_classes_open_it_and_cut_names_alike_everywhere(shipped):
     lm, world = shipped
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     model = AutoModelForCausalLM.from_pretrained(SHIPPED)
-    assert model.dtype == torch.float32 and sum((SHIPPED / f).stat().st_size for f in ("model.safetensors",)) < 25e6
+    assert (
+        model.dtype == torch.float32
+        and sum((SHIPPED / f).stat().st_size for f in ("model.safetensors",)) < 25e6
+    )
     name = world.people[0]
     inside = tokenizer(f"Here is {name}")["input_ids"]
     alone = tokenizer(name)["input_ids"]
-    assert inside[-len(alone):] == alone  # a name has the same pieces at the start of a text and inside it
+    assert inside[-len(alone) :] == alone  # a name has the same pieces at the start of a text and inside it
     assert torch.equal(model.state_dict()["model.norm.weight"], lm.model.state_dict()["model.norm.weight"])
 
 
@@ -94,7 +115,9 @@ def test_one_edit_on_the_shipped_model(shipped):
 def tiny_setup():
     config = CompanionConfig(people=8, companies=3, biographies=2)
     world = make_world(config)
-    examples = [e for e in training_examples(world, [("The sky is", "blue")], config) if "person" not in e.group][:400]
+    examples = [
+        e for e in training_examples(world, [("The sky is", "blue")], config) if "person" not in e.group
+    ][:400]
     return examples, train_tokenizer((e.text for e in examples), TINY.vocab_size)
 
 
@@ -112,7 +135,9 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path):
 
 def test_build_writes_a_folder_that_opens(tmp_path):
     recipe = dataclasses.replace(TINY, steps=3, warmup=1)
-    report = build(tmp_path / "c", CompanionConfig(people=4, companies=2, biographies=1), recipe, log=lambda s: None)
+    report = build(
+        tmp_path / "c", CompanionConfig(people=4, companies=2, biographies=1), recipe, log=lambda s: None
+    )
     assert 0 <= report["world"] <= 1 and report["n_world"] > 1000
     lm = load_companion(tmp_path / "c")
     assert lm.n_layers == 2 and (tmp_path / "c" / "README.md").read_text().startswith("# Companion model")

@@ -13,17 +13,25 @@ from .train import TrainConfig
 def add_parser(subparsers) -> None:
     """Register the subcommand; every field of the two recipes is an option."""
     parser = subparsers.add_parser(
-        "train", help="train a companion model from scratch",
+        "train",
+        help="train a companion model from scratch",
         description="Trains tokenizer and model on the world and the CLaRE corpus, resumes an interrupted training, "
-                    "and writes a Hugging Face folder with training log, recall report and hashes.")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the model (and of its checkpoints)")
+        "and writes a Hugging Face folder with training log, recall report and hashes.",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder of the model (and of its checkpoints)"
+    )
     parser.add_argument("--no-corpus", action="store_true", help="train on the world alone")
     parser.add_argument("--every", type=int, default=200, help="steps between evaluations and checkpoints")
     for config in (CompanionConfig, TrainConfig):
         group = parser.add_argument_group(config.__name__)
         for field in dataclasses.fields(config):
-            group.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default,
-                               help=f"default {field.default}")
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                type=type(field.default),
+                default=field.default,
+                help=f"default {field.default}",
+            )
     parser.set_defaults(func=run)
 
 

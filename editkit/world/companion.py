@@ -45,7 +45,8 @@ def make_world(config: CompanionConfig):
 def training_examples(world, corpus: Sequence[tuple[str, str]], config: CompanionConfig) -> list[Example]:
     """Statements of the world, biographies, and the corpus as (prompt, answer) pairs."""
     examples = [
-        statement_example(s.prompt, s.answer, "world", f"{s.relation}|{s.subject}") for s in world.statements()
+        statement_example(s.prompt, s.answer, "world", f"{s.relation}|{s.subject}")
+        for s in world.statements()
     ]
     examples += [
         Example(b.text, None, "text") for b in world.biographies(config.biographies, seed=config.world_seed)
@@ -68,7 +69,8 @@ def recall_report(model, tokenizer, world, corpus: Sequence[tuple[str, str]]) ->
     hit = greedy_recall(model, tokenizer, [s.prompt for s in statements], [s.answer for s in statements])
     relations = np.array([s.relation for s in statements])
     report = {
-        "world": float(hit.mean()), "n_world": len(hit),
+        "world": float(hit.mean()),
+        "n_world": len(hit),
         "per_relation": {r: float(hit[relations == r].mean()) for r in sorted(set(relations))},
         "facts_all_templates": _share_complete([f"{s.relation}|{s.subject}" for s in statements], hit),
     }
@@ -79,8 +81,12 @@ def recall_report(model, tokenizer, world, corpus: Sequence[tuple[str, str]]) ->
         for p in prompts:
             count[p] = count.get(p, 0) + 1
         unique = np.array([count[p] == 1 for p in prompts])
-        report |= {"corpus_unique": float(hit[unique].mean()), "n_corpus_unique": int(unique.sum()),
-                   "corpus_all": float(hit.mean()), "n_corpus": len(hit)}
+        report |= {
+            "corpus_unique": float(hit[unique].mean()),
+            "n_corpus_unique": int(unique.sum()),
+            "corpus_all": float(hit.mean()),
+            "n_corpus": len(hit),
+        }
     return report
 
 
@@ -96,8 +102,15 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def build(out_dir: str | Path, config: CompanionConfig, recipe: TrainConfig, corpus_facts=(), *, every: int = 200,
-          log=print) -> dict:
+def build(
+    out_dir: str | Path,
+    config: CompanionConfig,
+    recipe: TrainConfig,
+    corpus_facts=(),
+    *,
+    every: int = 200,
+    log=print,
+) -> dict:
     """Train a companion and write it to `out_dir`; returns the recall report of the stored (float16) weights."""
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -105,22 +118,41 @@ def build(out_dir: str | Path, config: CompanionConfig, recipe: TrainConfig, cor
     corpus = corpus_pairs(corpus_facts)
     examples = training_examples(world, corpus, config)
     tokenizer = train_tokenizer((e.text for e in examples), recipe.vocab_size)
-    weights = np.array([{"world": 1.0, "text": config.text_sampling, "corpus": config.corpus_weight}[e.source]
-                        for e in examples])
+    weights = np.array(
+        [
+            {"world": 1.0, "text": config.text_sampling, "corpus": config.corpus_weight}[e.source]
+            for e in examples
+        ]
+    )
     sample = np.random.default_rng(recipe.seed)
     statements = world.statements()
     some = [statements[i] for i in sample.choice(len(statements), min(1000, len(statements)), replace=False)]
-    some_corpus = [corpus[i] for i in sample.choice(len(corpus), min(1000, len(corpus)), replace=False)] if corpus else []
+    some_corpus = (
+        [corpus[i] for i in sample.choice(len(corpus), min(1000, len(corpus)), replace=False)]
+        if corpus
+        else []
+    )
 
     def evaluate(model):
-        record = {"world": float(greedy_recall(model, tokenizer, [s.prompt for s in some],
-                                               [s.answer for s in some]).mean())}
+        record = {
+            "world": float(
+                greedy_recall(model, tokenizer, [s.prompt for s in some], [s.answer for s in some]).mean()
+            )
+        }
         if some_corpus:
             record["corpus"] = float(greedy_recall(model, tokenizer, *zip(*some_corpus, strict=True)).mean())
         return record
 
-    model, records = train(examples, tokenizer, recipe, out_dir=out / "work", evaluate=evaluate, every=every,
-                           log=log, weights=weights)
+    model, records = train(
+        examples,
+        tokenizer,
+        recipe,
+        out_dir=out / "work",
+        evaluate=evaluate,
+        every=every,
+        log=log,
+        weights=weights,
+    )
     return save(out, model, tokenizer, world, corpus, config, recipe, records)
 
 
@@ -133,13 +165,24 @@ def as_llama(model):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config
-    twin = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps, rope_parameters=c.rope_parameters, attention_bias=True,
-        tie_word_embeddings=True, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
-    ))
+    twin = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            max_position_embeddings=c.max_position_embeddings,
+            rms_norm_eps=c.rms_norm_eps,
+            rope_parameters=c.rope_parameters,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            bos_token_id=c.bos_token_id,
+            eos_token_id=c.eos_token_id,
+            pad_token_id=c.pad_token_id,
+        )
+    )
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     if unexpected or any(not n.endswith("o_proj.bias") for n in missing):
         raise DataError(f"the model does not fit the llama form: missing {missing}, unexpected {unexpected}")
@@ -148,18 +191,32 @@ def as_llama(model):
     return twin.eval()
 
 
-def save(out: Path, model, tokenizer, world, corpus, config: CompanionConfig, recipe: TrainConfig, records) -> dict:
+def save(
+    out: Path, model, tokenizer, world, corpus, config: CompanionConfig, recipe: TrainConfig, records
+) -> dict:
     """Write weights (float16 on disk, opened as float32), tokenizer, world.json, training log, report and hashes."""
     write_model(out, model, tokenizer)
     lm = load_lm(str(out))  # what is reported is what a user opens
     report = recall_report(lm.model, lm.tokenizer, world, corpus)
-    (out / "world.json").write_text(json.dumps(
-        {"companion": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
-         "corpus_facts": len(corpus)}, indent=2) + "\n")
+    (out / "world.json").write_text(
+        json.dumps(
+            {
+                "companion": dataclasses.asdict(config),
+                "recipe": dataclasses.asdict(recipe),
+                "corpus_facts": len(corpus),
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     (out / "training_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (out / "recall.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "sha256.json").write_text(json.dumps(
-        {n: file_hash(out / n) for n in ("model.safetensors", "tokenizer.json", "config.json")}, indent=2) + "\n")
+    (out / "sha256.json").write_text(
+        json.dumps(
+            {n: file_hash(out / n) for n in ("model.safetensors", "tokenizer.json", "config.json")}, indent=2
+        )
+        + "\n"
+    )
     write_card(out)
     return report
 
@@ -184,11 +241,18 @@ def write_card(folder: str | Path, note: str = "") -> Path:
     config = json.loads((folder / "config.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     recipe, options = setup["recipe"], setup["companion"]
-    changed = [f"--{k.replace('_', '-')} {v}" for part, cls in ((options, CompanionConfig), (recipe, TrainConfig))
-               for k, v in part.items() if v != next(f.default for f in dataclasses.fields(cls) if f.name == k)]
-    corpus = (f"- CLaRE corpus (clare data.json, MIT licence): {report['corpus_unique']:.2%} of {report['n_corpus_unique']:,} facts "
-              f"whose prompt has one recorded answer; {report['corpus_all']:.2%} of all {report['n_corpus']:,} pairs\n"
-              if "corpus_unique" in report else "- trained without the CLaRE corpus\n")
+    changed = [
+        f"--{k.replace('_', '-')} {v}"
+        for part, cls in ((options, CompanionConfig), (recipe, TrainConfig))
+        for k, v in part.items()
+        if v != next(f.default for f in dataclasses.fields(cls) if f.name == k)
+    ]
+    corpus = (
+        f"- CLaRE corpus (clare data.json, MIT licence): {report['corpus_unique']:.2%} of {report['n_corpus_unique']:,} facts "
+        f"whose prompt has one recorded answer; {report['corpus_all']:.2%} of all {report['n_corpus']:,} pairs\n"
+        if "corpus_unique" in report
+        else "- trained without the CLaRE corpus\n"
+    )
     text = f"""# Companion model
 
 A {config["num_hidden_layers"]}-layer {config["architectures"][0]} (width {config["hidden_size"]}, MLP {config["intermediate_size"]},
@@ -225,7 +289,9 @@ def load_companion(path: str | Path | None = None, *, check: bool = True):
     if check:
         for name, digest in json.loads(hashes.read_text()).items():
             if file_hash(folder / name) != digest:
-                raise DataError(f"{folder / name} differs from its recorded hash; restore the file or retrain")
+                raise DataError(
+                    f"{folder / name} differs from its recorded hash; restore the file or retrain"
+                )
     return load_lm(str(folder), dtype=torch.float32)
 
 

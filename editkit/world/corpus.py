@@ -27,7 +27,7 @@ class Example:
 
 
 def statement_example(prompt: str, answer: str, source: str, group: str = "") -> Example:
-    """"prompt answer." scored on answer and full stop."""
+    """ "prompt answer." scored on answer and full stop."""
     text = f"{prompt} {answer}."
     return Example(text, ((len(prompt), len(text)),), source, group)
 
@@ -66,7 +66,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6000):
     )
     raw.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False,
+        tokenizer_object=raw,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -78,8 +81,17 @@ class Sampler:
     floor + min(loss, ceiling). Long sequences are made of whole examples until `length` tokens are reached.
     """
 
-    def __init__(self, encoded, end_id: int, *, length: int, seed: int, floor: float = 0.05, ceiling: float = 2.0,
-                 weight: np.ndarray | None = None):
+    def __init__(
+        self,
+        encoded,
+        end_id: int,
+        *,
+        length: int,
+        seed: int,
+        floor: float = 0.05,
+        ceiling: float = 2.0,
+        weight: np.ndarray | None = None,
+    ):
         self.encoded, self.end_id, self.length = encoded, end_id, length
         self.floor, self.ceiling = floor, ceiling
         self.rng = np.random.default_rng(seed)

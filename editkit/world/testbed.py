@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def open_model(name: str, **options) -> LM:
-    """"companion" (the shipped one), or a folder / hub name of any causal LM of the architecture table."""
+    """ "companion" (the shipped one), or a folder / hub name of any causal LM of the architecture table."""
     return load_companion() if name == "companion" else load_lm(name, **options)
 
 
@@ -51,17 +51,28 @@ def preset(lm: LM, method: str = "memit") -> dict[str, Any]:
     folder = Path(getattr(lm.model.config, "_name_or_path", "") or "")
     path = folder / PRESET_FILE
     if not path.exists():
-        raise DataError(f"{lm.name} has no {PRESET_FILE}; run the page 'The world and the model' on it, then pass "
-                        "layers=, token=, lam= and z_* to make_editor")
+        raise DataError(
+            f"{lm.name} has no {PRESET_FILE}; run the page 'The world and the model' on it, then pass "
+            "layers=, token=, lam= and z_* to make_editor"
+        )
     table = json.loads(path.read_text())
     editor, own = METHODS.get(method, (method, {}))
     family = dict(table["methods"].get(editor, table["methods"]["memit"]))
-    return {**table["site"], **table["targets"], **family, **own} if editor != "ft" else \
-        {"layers": table["site"]["layers"][-1:], **family, **own}
+    return (
+        {**table["site"], **table["targets"], **family, **own}
+        if editor != "ft"
+        else {"layers": table["site"]["layers"][-1:], **family, **own}
+    )
 
 
-def statistics(lm: LM, world: World, layers: Sequence[int], cache_dir: str | Path | None = None, *,
-               max_texts: int | None = 6000):
+def statistics(
+    lm: LM,
+    world: World,
+    layers: Sequence[int],
+    cache_dir: str | Path | None = None,
+    *,
+    max_texts: int | None = 6000,
+):
     """Second moments of the keys over the world's text, by layer (see `editkit.statistics.second_moment`).
 
     max_texts: a random sample of that many texts (about 70,000 tokens at the default); None: all of them.
@@ -90,11 +101,16 @@ def recall(lm: LM, world: World, keys: set[tuple[str, str]] | None = None) -> pd
     """
     rows = [s for s in world.statements() if keys is None or (s.relation, s.subject) in keys]
     hit = greedy_recall(lm.model, lm.tokenizer, [s.prompt for s in rows], [s.answer for s in rows])
-    return pd.DataFrame({
-        "relation": [s.relation for s in rows], "subject": [s.subject for s in rows],
-        "template": [s.template_index for s in rows], "prompt": [s.prompt for s in rows],
-        "answer": [s.answer for s in rows], "hit": hit,
-    })
+    return pd.DataFrame(
+        {
+            "relation": [s.relation for s in rows],
+            "subject": [s.subject for s in rows],
+            "template": [s.template_index for s in rows],
+            "prompt": [s.prompt for s in rows],
+            "answer": [s.answer for s in rows],
+            "hit": hit,
+        }
+    )
 
 
 def corpus_recall(lm: LM, n: int = 0, seed: int = 0) -> pd.DataFrame | None:
@@ -112,12 +128,23 @@ def corpus_recall(lm: LM, n: int = 0, seed: int = 0) -> pd.DataFrame | None:
     if 0 < n < len(pairs):
         pairs = [pairs[i] for i in np.random.default_rng(seed).choice(len(pairs), n, replace=False)]
     hit = greedy_recall(lm.model, lm.tokenizer, *zip(*pairs, strict=True))
-    return pd.DataFrame({"prompt": [p for p, _ in pairs], "answer": [a for _, a in pairs],
-                         "n_answers": [count[p] for p, _ in pairs], "hit": hit})
+    return pd.DataFrame(
+        {
+            "prompt": [p for p, _ in pairs],
+            "answer": [a for _, a in pairs],
+            "n_answers": [count[p] for p, _ in pairs],
+            "hit": hit,
+        }
+    )
 
 
-def statement_facts(world: World, relations: Sequence[str] | None = None, *, templates: Sequence[int] | None = None,
-                    subject_first: bool | None = None) -> list[Fact]:
+def statement_facts(
+    world: World,
+    relations: Sequence[str] | None = None,
+    *,
+    templates: Sequence[int] | None = None,
+    subject_first: bool | None = None,
+) -> list[Fact]:
     """True facts as Fact objects (target = target_true), one per template: input of tracing and interchange."""
     out = []
     for s in world.statements():
@@ -128,15 +155,35 @@ def statement_facts(world: World, relations: Sequence[str] | None = None, *, tem
             continue
         if subject_first is not None and template.subject_first != subject_first:
             continue
-        out.append(Fact(prompt=template.text, subject=s.subject, target=s.answer, target_true=s.answer,
-                        relation=s.relation, case_id=f"{s.relation}/{s.subject}/{s.template_index}"))
+        out.append(
+            Fact(
+                prompt=template.text,
+                subject=s.subject,
+                target=s.answer,
+                target_true=s.answer,
+                relation=s.relation,
+                case_id=f"{s.relation}/{s.subject}/{s.template_index}",
+            )
+        )
     return out
 
 
-def edit_and_score(lm: LM, world: World, editor: str, n: int, *, seed: int = 0, facts_per_edit: int | None = None,
-                   protected: int = 3, n_paraphrases: int = 2, protocols: Sequence[str] = ("generate",),
-                   statistics_by_layer: Mapping | None = None, cache_dir: str | Path | None = None, before: bool = True,
-                   **options) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+def edit_and_score(
+    lm: LM,
+    world: World,
+    editor: str,
+    n: int,
+    *,
+    seed: int = 0,
+    facts_per_edit: int | None = None,
+    protected: int = 3,
+    n_paraphrases: int = 2,
+    protocols: Sequence[str] = ("generate",),
+    statistics_by_layer: Mapping | None = None,
+    cache_dir: str | Path | None = None,
+    before: bool = True,
+    **options,
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Write n counterfactual edits with a method (of `METHODS`, or a registered editor) at the model's preset and score them after the last one.
 
     facts_per_edit: batch size of the stream (None: one batch). protected: probes per fact on each axis that must
@@ -147,8 +194,15 @@ def edit_and_score(lm: LM, world: World, editor: str, n: int, *, seed: int = 0, 
     from ..editors import make_editor
     from ..scoring import evaluate, summarize
 
-    facts = edit_facts(world, n, seed, n_paraphrases=n_paraphrases, n_neighbors=protected, n_locality=protected,
-                       n_same_subject=protected)
+    facts = edit_facts(
+        world,
+        n,
+        seed,
+        n_paraphrases=n_paraphrases,
+        n_neighbors=protected,
+        n_locality=protected,
+        n_same_subject=protected,
+    )
     settings = {**preset(lm, editor), **options}
     if statistics_by_layer is None:
         statistics_by_layer = statistics(lm, world, settings["layers"], cache_dir)
@@ -169,15 +223,34 @@ class MethodResult:
     relative_change: float
 
 
-def run_method(lm: LM, world: World, method: str, n: int, *, seed: int, statistics_by_layer: Mapping,
-               protected: int = 3, n_paraphrases: int = 2, generated: int = 20, text_tokens: int = 40,
-               protocols: Sequence[str] = ("generate", "rome"), **options) -> MethodResult:
+def run_method(
+    lm: LM,
+    world: World,
+    method: str,
+    n: int,
+    *,
+    seed: int,
+    statistics_by_layer: Mapping,
+    protected: int = 3,
+    n_paraphrases: int = 2,
+    generated: int = 20,
+    text_tokens: int = 40,
+    protocols: Sequence[str] = ("generate", "rome"),
+    **options,
+) -> MethodResult:
     """One method on one draw of n edits in one call: scores before and after, free text, cost. Restores the model."""
     from ..editors import make_editor
     from ..scoring import evaluate, score_text
 
-    facts = edit_facts(world, n, seed, n_paraphrases=n_paraphrases, n_neighbors=protected, n_locality=protected,
-                       n_same_subject=protected)
+    facts = edit_facts(
+        world,
+        n,
+        seed,
+        n_paraphrases=n_paraphrases,
+        n_neighbors=protected,
+        n_locality=protected,
+        n_same_subject=protected,
+    )
     settings = {**preset(lm, method), **options}
     editor = make_editor(METHODS.get(method, (method,))[0], lm, statistics=statistics_by_layer, **settings)
     clock = _Timed(editor)

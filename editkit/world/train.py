@@ -49,8 +49,12 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon iterates in bfloat16, which is emulated (25 times slower, measured) on CPUs without bf16 units.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 4):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps})
+    def __init__(
+        self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 4
+    ):
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps}
+        )
 
     @staticmethod
     def orthogonalise(g: torch.Tensor, steps: int) -> torch.Tensor:
@@ -88,10 +92,18 @@ def build_model(config: TrainConfig, tokenizer):
     end = tokenizer.convert_tokens_to_ids(END)
     return AutoModelForCausalLM.from_config(
         Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=config.width, intermediate_size=config.mlp,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
-            max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end,
-            pad_token_id=end, initializer_range=0.02,
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=config.mlp,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+            initializer_range=0.02,
         )
     )
 
@@ -104,9 +116,16 @@ def make_optimizers(model, config: TrainConfig) -> list[torch.optim.Optimizer]:
             Muon(matrices, config.muon_lr, weight_decay=config.weight_decay),
             torch.optim.AdamW(others, config.lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
-    return [torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        config.lr, betas=(0.9, 0.98))]
+    return [
+        torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            config.lr,
+            betas=(0.9, 0.98),
+        )
+    ]
 
 
 def schedule(step: int, config: TrainConfig) -> float:
@@ -117,7 +136,9 @@ def schedule(step: int, config: TrainConfig) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * t))
 
 
-def train_step(model, optimizers, sampler: Sampler, token_weight: np.ndarray, step: int, config: TrainConfig) -> float:
+def train_step(
+    model, optimizers, sampler: Sampler, token_weight: np.ndarray, step: int, config: TrainConfig
+) -> float:
     """One optimiser step on freshly drawn sequences; returns the mean loss of the scored tokens (nats)."""
     ids, mask, owner = sampler.draw(config.batch_tokens)
     used = (owner >= 0).any(0).nonzero()[0].max() + 1
@@ -125,7 +146,9 @@ def train_step(model, optimizers, sampler: Sampler, token_weight: np.ndarray, st
     x = torch.from_numpy(ids)
     scored = torch.from_numpy(mask[:, 1:])
     hidden = model.model(x).last_hidden_state[:, :-1]
-    losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), x[:, 1:][scored], reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        model.lm_head(hidden[scored]), x[:, 1:][scored], reduction="none"
+    )
     owners = owner[:, 1:][mask[:, 1:]]
     weight = torch.from_numpy(token_weight[owners]).float()
     loss = (losses * weight).sum() / weight.sum()
@@ -142,8 +165,18 @@ def train_step(model, optimizers, sampler: Sampler, token_weight: np.ndarray, st
     return float(loss.detach())
 
 
-def train(examples, tokenizer, config: TrainConfig, *, out_dir: str | Path | None = None, evaluate=None,
-          every: int = 200, log=print, weights=None, stop_after: int | None = None):
+def train(
+    examples,
+    tokenizer,
+    config: TrainConfig,
+    *,
+    out_dir: str | Path | None = None,
+    evaluate=None,
+    every: int = 200,
+    log=print,
+    weights=None,
+    stop_after: int | None = None,
+):
     """Train a model; returns (model, log records).
 
     examples: list of Example. weights: sampling weight per example. evaluate: callable(model) -> dict, called every
@@ -155,8 +188,9 @@ def train(examples, tokenizer, config: TrainConfig, *, out_dir: str | Path | Non
     model = build_model(config, tokenizer)
     optimizers = make_optimizers(model, config)
     encoded = encode_examples(tokenizer, examples)
-    sampler = Sampler(encoded, tokenizer.convert_tokens_to_ids(END), length=config.length, seed=config.seed,
-                      weight=weights)
+    sampler = Sampler(
+        encoded, tokenizer.convert_tokens_to_ids(END), length=config.length, seed=config.seed, weight=weights
+    )
     token_weight = np.array([config.text_weight if e.spans is None else 1.0 for e in examples])
     checkpoint = Path(out_dir) / "checkpoint.pt" if out_dir else None
     first, records, spent = 0, [], 0.0
@@ -176,8 +210,11 @@ def train(examples, tokenizer, config: TrainConfig, *, out_dir: str | Path | Non
             break
         running.append(train_step(model, optimizers, sampler, token_weight, step, config))
         if (step + 1) % every == 0 or step + 1 == config.steps:
-            record = {"step": step + 1, "loss": float(np.mean(running)),
-                      "seconds": spent + time.perf_counter() - start}
+            record = {
+                "step": step + 1,
+                "loss": float(np.mean(running)),
+                "seconds": spent + time.perf_counter() - start,
+            }
             if evaluate is not None:
                 model.eval()
                 record |= evaluate(model)
@@ -188,10 +225,18 @@ def train(examples, tokenizer, config: TrainConfig, *, out_dir: str | Path | Non
             if checkpoint:
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 partial = checkpoint.with_suffix(".partial")
-                torch.save({"config": dataclasses.asdict(config), "model": model.state_dict(),
-                            "optimizers": [o.state_dict() for o in optimizers], "sampler": sampler.state_dict(),
-                            "step": step + 1, "records": records,
-                            "spent": spent + time.perf_counter() - start}, partial)
+                torch.save(
+                    {
+                        "config": dataclasses.asdict(config),
+                        "model": model.state_dict(),
+                        "optimizers": [o.state_dict() for o in optimizers],
+                        "sampler": sampler.state_dict(),
+                        "step": step + 1,
+                        "records": records,
+                        "spent": spent + time.perf_counter() - start,
+                    },
+                    partial,
+                )
                 partial.replace(checkpoint)
     model.eval()
     return model, records
@@ -208,10 +253,10 @@ def greedy_recall(model, tokenizer, prompts, answers, batch_size: int = 512) -> 
         by_length.setdefault((len(p), len(a)), []).append(i)
     for (length, n), members in by_length.items():
         for k in range(0, len(members), batch_size):
-            part = members[k:k + batch_size]
+            part = members[k : k + batch_size]
             # greedy generation equals the answer iff every answer token is the argmax given the ones before it
             ids = torch.tensor([prompt_ids[i] + answer_ids[i] for i in part])
-            hidden = model.model(ids[:, :-1]).last_hidden_state[:, length - 1:length + n - 1]
+            hidden = model.model(ids[:, :-1]).last_hidden_state[:, length - 1 : length + n - 1]
             same = model.lm_head(hidden).argmax(-1) == ids[:, length:]
             hit[part] = same.all(1).float().numpy()
     return hit
