@@ -159,7 +159,7 @@ def test_low_precision_is_widened():
         (lambda R: spread(R, "orthogonal"), ConfigError, "choose one of uniform"),
         (lambda R: spread([], "uniform"), NumericsError, "empty"),
         (lambda R: spread(R, "released"), ConfigError, "gradients="),
-        (lambda R: spread(R, "released", gradients=R[:1]), NumericsError, "one of each"),
+        (lambda R: spread(R, "released", gradients=R[:1]), NumericsError, "one each"),
         (lambda R: spread([R[0], R[1][:2]], "uniform"), NumericsError, "equal shape"),
         (lambda R: spread([R[0], R[1] * math.nan], "uniform"), NumericsError, "layer 1 has NaN"),
         (lambda R: spread(R, "uniform", axis=2), ConfigError, "axis = 2"),

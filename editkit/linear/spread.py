@@ -5,7 +5,7 @@ for. Written as they are, the layers repeat each other, because in a residual ne
 the same output gradient. A strategy turns the list R_1, ..., R_m into the list that is written:
 
     uniform        R_l                                            MALMEN (Tan et al. 2024)
-    linear_decay   R_l / (m - l + 1)                              MEMIT (Meng et al. 2023), equation 20
+    linear_decay   R_l / (m - l + 1)                              MEMIT (Meng et al. 2023), algorithm 1
     consecutive    R_l - p_l R_{l-1}                              HORSE (arXiv 2601.11441), as derived
     gram_schmidt   R_l - sum_{j<l} q_{lj} Q_j, Q_j those before   orthogonal to all previous layers
     released       R_l - p_l g_{l-1}                              HORSE, as its published code does
@@ -57,7 +57,7 @@ def linear_decay(
 def consecutive(
     R: Residuals, *, gradients: Residuals | None = None, detach: bool = False, axis: int | None = None
 ) -> list[Tensor]:
-    """Each residual without its component along the previous layer's, as that was before its own projection."""
+    """Each residual without its component along the previous one, as that was before its own projection."""
     return [R[0], *(_without(r, p, p, detach, axis) for p, r in itertools.pairwise(R))]
 
 
