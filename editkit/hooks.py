@@ -164,3 +164,43 @@ def pick(states: Tensor, positions: Tensor) -> Tensor:
     """One token per row: (batch, tokens, width) and (batch,) -> (batch, width)."""
     rows = torch.arange(states.shape[0], device=states.device)
     return states[rows, positions.to(states.device)]
+
+
+@contextmanager
+def entering(model: nn.Module, name: str, states: Tensor) -> Iterator[None]:
+    """Feed `states` (batch, tokens, width) to a block in place of the hidden states it is given."""
+
+    def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (states, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): states}
+
+    handle = submodule(model, name).register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def bypassed(model: nn.Module, names: Iterable[str], *, as_tuple: bool = False) -> Iterator[None]:
+    """Let the named blocks hand their input through unchanged, at no cost.
+
+    as_tuple: the blocks of this architecture return tuples (`ArchSpec.block_output`).
+    """
+
+    def identity(hidden_states: Tensor, *args: object, **kwargs: object) -> object:
+        return (hidden_states,) if as_tuple else hidden_states
+
+    blocks = [submodule(model, name) for name in names]
+    former = [block.__dict__.get("forward") for block in blocks]  # set e.g. by accelerate's dispatch
+    try:
+        for block in blocks:
+            block.forward = identity
+        yield
+    finally:
+        for block, forward in zip(blocks, former, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

@@ -29,6 +29,7 @@ from ..lookup import Where, check_where, find_spans
 from ..models import LM
 from ..progress import bar
 from .contexts import ContextTemplates
+from .replay import Replay
 
 LOSSES = ("total", "nll", "kl", "decay")
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults
@@ -67,6 +68,9 @@ class TargetConfig(Config):
         False, "take an Adam step also after the last evaluation (not so in released code)"
     )
     tokens_per_batch: int = option(8192, "rows x longest row of one forward pass", low=1)
+    reuse_prefix: bool = option(
+        True, "compute what lies below the edited block or before the edited token once, not at every step"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,13 +193,13 @@ def encode_targets(
 
 
 def _evaluate(
-    lm: LM, batch: tuple[Encoding, Tensor, Tensor], delta: Tensor, names: tuple[str, str, str],
+    lm: LM, batch: tuple[Encoding | Replay, Tensor, Tensor], delta: Tensor, names: tuple[str, str, str],
     start: dict[str, Tensor], n_rows: int, cfg: TargetConfig,
 ) -> Tensor:  # fmt: skip
     """Losses (facts, 4) of the current delta (facts, m). The first call fills `start` with h and the original
     distribution of the KL row.
     """
-    encoding, columns, places = batch
+    inputs, columns, places = batch
     edited, read, end = names
     n = delta.shape[0]
 
@@ -207,7 +211,7 @@ def _evaluate(
         return out.index_put((rows, columns.to(out.device)), old + added.to(out))
 
     with trace(lm.model, {read, end}, edit={edited: add}, stop_at=end) as seen:
-        lm.forward(encoding)
+        inputs.forward(lm) if isinstance(inputs, Replay) else lm.forward(inputs)
 
     def log_probs(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         logits = lm.head(states[rows.to(states.device), cols.to(states.device)])
@@ -239,13 +243,21 @@ def _evaluate(
     return torch.stack([nll + kl + decay, nll, kl, decay], dim=-1)
 
 
+def _suffixes(replay: Replay, batch: tuple[Encoding, Tensor, Tensor]) -> tuple[Replay, Tensor, Tensor]:
+    """A batch of whole rows as one of suffixes, in which every row begins with its edited token."""
+    _, columns, places = batch
+    places = places.clone()
+    places[:, 2] -= columns[places[:, 1]]
+    return replay, torch.zeros_like(columns), places
+
+
 @torch.enable_grad()
 def _optimize(
     lm: LM,
     rows: TargetRows,
     facts: list[int],
     names: tuple[str, str, str],
-    width: int,
+    layer: int,
     cfg: TargetConfig,
     label,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,13 +265,17 @@ def _optimize(
     device = rows.positions.device
     dtype = torch.promote_types(lm.dtype, torch.float32)
     n, R = len(facts), rows.per_fact
-    delta = torch.zeros(n, width, dtype=dtype, device=device)
+    delta = torch.zeros(n, lm.weight_shape(layer)[0], dtype=dtype, device=device)
     mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
     losses = torch.full((n, cfg.steps, len(LOSSES)), torch.nan, dtype=torch.float64)
     active = torch.arange(n)  # facts still being optimised; the others keep their delta and leave the batch
     start: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
-    batch = rows.take(facts)
+    batch = encoding, columns, _ = rows.take(facts)
+    replay = None
+    if cfg.reuse_prefix and Replay.possible(lm, encoding):
+        replay = Replay.of(lm, encoding, columns, layer, names[2])
+        batch = _suffixes(replay, batch)
     for step in range(cfg.steps):
         here = delta[active].requires_grad_(True)
         value = _evaluate(lm, batch, here, names, start, R, cfg)
@@ -287,6 +303,8 @@ def _optimize(
         delta[active.to(device)] = moved
         if not keep.all():
             batch = rows.take([facts[i] for i in active.tolist()])
+            if replay is not None:
+                batch = _suffixes(replay.take([i * R + r for i in active.tolist() for r in range(R)]), batch)
         start = {name: value[active.to(value.device)] for name, value in whole.items()}
     return delta, whole["h"], losses
 
@@ -343,7 +361,7 @@ def optimize_targets(
     with frozen(lm.model):
         for batch in bar(batches, f"targets of {len(facts)} facts", unit="batch"):
             delta, h, seen = _optimize(
-                lm, rows, batch, names, width, cfg, lambda i: f"fact {i} ({facts[i].text!r})"
+                lm, rows, batch, names, layer, cfg, lambda i: f"fact {i} ({facts[i].text!r})"
             )
             init[batch] = h.to(init)
             z[batch] = (h + delta).to(z)
