@@ -197,7 +197,7 @@ def open_bench(
     n_paraphrases: int = 2,
     protected: int = 3,
     n_bystanders: int = 200,
-    max_texts: int | None = None,
+    max_texts: int | None = 6000,
     n_contexts: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> Bench:
@@ -207,7 +207,7 @@ def open_bench(
     corpus:   "world", "clare", "counterfact", "multi_counterfact" or "zsre".
     options:  editing options on top of (or, for a model without preset, instead of) the model's preset.
     protected, n_paraphrases: probes per fact.   n_bystanders: facts no edit touches, for recall and drift.
-    max_texts: texts of the second moments (None: all of the world's).
+    max_texts: random sample of texts of the second moments (None: all of the world's).
     Raises ConfigError for an unknown corpus, DataError where files or a preset are missing.
     """
     from ..world import load_world, testbed
