@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from editkit.editors import make_editor
 from editkit.errors import ConfigError, NumericsError
 from editkit.linear.spread import STRATEGIES, alignment, projection_coefficient, spread
 
@@ -169,3 +170,45 @@ def test_bad_input_is_refused(call, error, words):
     R, _ = draw(2, 3, 2, seed=10)
     with pytest.raises(error, match=words):
         call(R)
+
+
+# --- the spread of a locate-then-edit method's residual
+
+
+def edited(lm, facts, n_layers=3, **options):
+    """Recorded intermediates of one MEMIT batch on a tiny model; the model is restored."""
+    seen = {}
+    C = {layer: torch.eye(lm.d_key, dtype=torch.float64) for layer in range(n_layers)}
+    editor = make_editor(
+        "memit", lm, layers=list(range(n_layers)), lam=5.0, statistics=C, contexts=[["{}"]],
+        z_lr=0.3, z_steps=3, z_clamp_factor=2.0, record=seen.__setitem__, **options,
+    )  # fmt: skip
+    editor.edit(facts)
+    seen["weights"] = [lm.get_matrix(layer) for layer in range(n_layers)]
+    editor.restore()
+    seen["measured"] = [seen["z"] - seen[f"curz_{layer}"] for layer in range(n_layers)]
+    seen["written"] = [seen[f"resid_{layer}"] for layer in range(n_layers)]
+    return seen
+
+
+def test_memit_divides_its_residual_by_the_layers_to_come(tiny_lm, facts):
+    seen = edited(tiny_lm("llama", n_layers=3), facts)
+    for measured, written, left in zip(seen["measured"], seen["written"], (3, 2, 1)):
+        assert torch.equal(written, measured / left)
+
+
+@pytest.mark.parametrize("by", ["layer", "fact"])
+@pytest.mark.parametrize("strategy", ["uniform", "consecutive", "gram_schmidt"])
+def test_memit_spreads_what_it_measures(tiny_lm, facts, strategy, by):
+    lm = tiny_lm("llama", n_layers=3)
+    seen = edited(lm, facts, spread=strategy, spread_by=by)
+    expected = spread(seen["measured"], strategy, axis=0 if by == "fact" else None)
+    for a, b in zip(seen["written"], expected):
+        assert torch.allclose(a, b, atol=1e-12 * float(b.norm()) + 1e-15)
+    default = edited(lm, facts)
+    assert any(not torch.equal(a, b) for a, b in zip(default["weights"], seen["weights"]))
+
+
+def test_memit_has_no_gradients_to_subtract(tiny_lm, facts):
+    with pytest.raises(ConfigError, match="spread"):
+        edited(tiny_lm("llama", n_layers=3), facts, spread="released")

@@ -25,6 +25,7 @@ from ..errors import ConfigError, RequestError
 from ..facts import Fact
 from ..linear.conflicts import EditStream
 from ..linear.engines import make_engine
+from ..linear.spread import spread
 from .locate_then_edit import LayerwiseEditor, LocateConfig
 
 
@@ -43,6 +44,16 @@ class AccumulateConfig(LocateConfig):
         "old one, or raise RequestError; the last two store d + m numbers per fact and layer",
         source="Labyrinth Proposition 3.5",
     )  # fmt: skip
+    spread: Literal["linear_decay", "uniform", "consecutive", "gram_schmidt"] = option(
+        "linear_decay",
+        "how the residual, measured before each layer, is divided among the layers: an equal share for each "
+        "to come (as published), all of it, or what of it is orthogonal to the residual before the previous "
+        "layer, or to those of all previous layers (linear.spread)",
+        source="MEMIT algorithm 1; HORSE",
+    )
+    spread_by: Literal["layer", "fact"] = option(
+        "layer", "one projection coefficient for all facts of a layer, or one per fact", source="HORSE code"
+    )
     solver: Literal["symmetric", "released"] = option(
         "symmetric",
         "float64 throughout, or as released: history in float32, and AlphaEdit's non-symmetric float32 solve",
@@ -147,6 +158,12 @@ class AccumulateEditor(LayerwiseEditor):
             return self.stream(layer).engine.times(X)
         M0, _ = self.prior(layer)
         return X @ M0 + X @ self.caches[layer].double()
+
+    def share(self, residuals: list[Tensor], left: int) -> Tensor:
+        cfg = self.config
+        if cfg.spread == "linear_decay":
+            return super().share(residuals, left)
+        return spread(residuals, cfg.spread, axis=0 if cfg.spread_by == "fact" else None)[-1]
 
     def step(self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor) -> Tensor:
         Delta = self.solve(facts, layer, K, R, W)

@@ -109,13 +109,21 @@ class LocateEditor(Editor):
 
 
 class LayerwiseEditor(LocateEditor):
-    """MEMIT's loop: the residual at the last layer is spread uniformly over the layers that are still to
-    come, and measured again after each layer has been written.
+    """MEMIT's loop: the residual at the last layer is spread over the layers that are still to come, and
+    measured again after each layer has been written.
     """
 
     @abstractmethod
     def step(self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor) -> Tensor:
         """Delta (m, d) to add to W of this layer. K (d, n), R (m, n) this layer's share of the residual."""
+
+    def share(self, residuals: list[Tensor], left: int) -> Tensor:
+        """R (m, n), the part of the residual that this layer writes: an equal share for each layer to come.
+
+        residuals: Z - h_L as measured before this layer (last) and before each layer already written;
+        left: layers to come, this one included.
+        """
+        return residuals[-1] / left
 
     def finish(self, facts: list[Fact], before: dict[int, Tensor]) -> None:
         """Called when all layers are written; before: layer -> W (m, d) of before this batch."""
@@ -128,10 +136,12 @@ class LayerwiseEditor(LocateEditor):
     def write_targets(self, facts: list[Fact], Z: Tensor, before: dict[int, Tensor]) -> dict[str, Any]:
         """One pass over the layers towards the targets Z (m, n)."""
         layers = self.config.layers
+        residuals: list[Tensor] = []
         for i, layer in enumerate(layers):
             K = self.keys(facts, layer)
             now = self.current(facts).to(Z.device)
-            R = ((Z - now) / (len(layers) - i)).to(K.device)
+            residuals.append(Z - now)
+            R = self.share(residuals, len(layers) - i).to(K.device)
             self.record(f"K_{layer}", K)
             self.record(f"curz_{layer}", now)
             self.record(f"resid_{layer}", R)
