@@ -4,7 +4,7 @@
 # Options: PROFILE=full (a file in studies/), JOBS=2 (runs at the same time), PYTHON=python3.12, PYTEST_ARGS=...
 
 PROFILE ?= default
-JOBS ?= 1
+JOBS ?= 2
 VENV ?= .venv
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin

@@ -24,6 +24,7 @@ import os
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -68,6 +69,8 @@ def start(namespace: Mapping[str, Any], *, style: bool = True) -> Run:
                 f"parameter {name!r} was passed as {given[name]!r} but the notebook set it to "
                 f"{parameters[name]!r}; assign parameters only in the cell tagged 'parameters'"
             )
+    # Said on import by tqdm.auto (through transformers) where ipywidgets is missing; no page needs the widget.
+    warnings.filterwarnings("ignore", message="IProgress not found")
     if style:
         from .. import plotting
 

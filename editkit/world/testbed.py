@@ -236,9 +236,10 @@ def run_method(
     generated: int = 20,
     text_tokens: int = 40,
     protocols: Sequence[str] = ("generate", "rome"),
+    before: bool = True,
     **options,
 ) -> MethodResult:
-    """One method on one draw of n edits in one call: scores before and after, free text, cost. Restores the model."""
+    """One method on one draw of n edits in one call: scores after (and before), free text, cost. Restores the model."""
     from ..editors import make_editor
     from ..scoring import evaluate, score_text
 
@@ -255,7 +256,7 @@ def run_method(
     editor = make_editor(METHODS.get(method, (method,))[0], lm, statistics=statistics_by_layer, **settings)
     clock = _Timed(editor)
     try:
-        scores = evaluate(lm, clock, facts, "after_all", protocols, restore="never")
+        scores = evaluate(lm, clock, facts, "after_all", protocols, restore="never", before=before)
         texts = score_text(lm, facts[:generated], seed=seed, max_total_tokens=text_tokens)
     finally:
         editor.restore()
