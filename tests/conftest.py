@@ -17,7 +17,8 @@ from editkit.architectures import ARCHITECTURES
 from editkit.facts import Fact
 from editkit.models import LM, load_lm
 
-# The same examples in every run, so that a red test says something about the change; HYPOTHESIS_PROFILE=search draws new ones.
+# The same examples in every run, so that a red test says something about the change;
+# HYPOTHESIS_PROFILE=search draws new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))

@@ -248,32 +248,35 @@ def write_card(folder: str | Path, note: str = "") -> Path:
         if v != next(f.default for f in dataclasses.fields(cls) if f.name == k)
     ]
     corpus = (
-        f"- CLaRE corpus (clare data.json, MIT licence): {report['corpus_unique']:.2%} of {report['n_corpus_unique']:,} facts "
-        f"whose prompt has one recorded answer; {report['corpus_all']:.2%} of all {report['n_corpus']:,} pairs\n"
+        f"- CLaRE corpus (clare data.json, MIT licence): {report['corpus_unique']:.2%} of "
+        f"{report['n_corpus_unique']:,} facts whose prompt has one recorded answer; "
+        f"{report['corpus_all']:.2%} of all {report['n_corpus']:,} pairs\n"
         if "corpus_unique" in report
         else "- trained without the CLaRE corpus\n"
     )
     text = f"""# Companion model
 
-A {config["num_hidden_layers"]}-layer {config["architectures"][0]} (width {config["hidden_size"]}, MLP {config["intermediate_size"]},
-vocabulary {config["vocab_size"]:,}) trained from scratch on a generated world, as a testbed for model editing. It knows nothing else
-and is of no other use.
+A {config["num_hidden_layers"]}-layer {config["architectures"][0]} (width {config["hidden_size"]},
+MLP {config["intermediate_size"]}, vocabulary {config["vocab_size"]:,}) trained from scratch on a generated world,
+as a testbed for model editing. It knows nothing else and is of no other use.
 
 **Weights** are stored in float16 and opened in float32 (`config.json: dtype`); all figures are of the stored weights.
 
 **Recall** (greedy generation, answer and full stop exact)
 
-- world: {report["world"]:.2%} of {report["n_world"]:,} statements; {report["facts_all_templates"]:.2%} of the facts in every wording
+- world: {report["world"]:.2%} of {report["n_world"]:,} statements;
+  {report["facts_all_templates"]:.2%} of the facts in every wording
 {corpus}
-**Training** {recipe["steps"]:,} steps of {recipe["batch_tokens"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes on a 2-core CPU,
-Muon for the matrices of the blocks and AdamW for the rest, seed {recipe["seed"]}; log in `training_log.jsonl`, settings in `world.json`.
+**Training** {recipe["steps"]:,} steps of {recipe["batch_tokens"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes
+on a 2-core CPU, Muon for the matrices of the blocks and AdamW for the rest, seed {recipe["seed"]}; log in
+`training_log.jsonl`, settings in `world.json`.
 {note}
 **Made by** `editkit train --out DIR {" ".join(changed)}`
 
-**Editing** `editing.json` holds the site (from interchange interventions) and the options of each method; where they come from is on
-the book's page "The world and the model".
+**Editing** `editing.json` holds the site (from interchange interventions) and the options of each method; where
+they come from is on the book's page "The world and the model".
 
-**Hashes** in `sha256.json`, checked when the model is opened. Licence: that of the project.
+**Hashes** in `sha256.json`, checked when the model is opened. No licence has been chosen for the project yet.
 """
     path = folder / "README.md"
     path.write_text(text)

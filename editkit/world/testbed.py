@@ -184,7 +184,8 @@ def edit_and_score(
     before: bool = True,
     **options,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
-    """Write n counterfactual edits with a method (of `METHODS`, or a registered editor) at the model's preset and score them after the last one.
+    """Write n counterfactual edits with a method (of `METHODS`, or a registered editor) at the model's preset and
+    score them after the last one.
 
     facts_per_edit: batch size of the stream (None: one batch). protected: probes per fact on each axis that must
     not change. options: override the preset. The model is restored afterwards, also after an error.
