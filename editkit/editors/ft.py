@@ -23,6 +23,7 @@ from ..facts import Fact
 from ..hooks import frozen, trace
 from ..locate.contexts import ContextTemplates
 from ..locate.targets import encode_targets
+from ..models import LM
 from ..progress import bar
 from .base import Editor, register
 
@@ -96,7 +97,7 @@ class FT(Editor):
                 total = 0.0
                 for n, batch in batches:
                     with torch.enable_grad():
-                        loss = self._loss(n, *batch)
+                        loss = target_loss(lm, n, *batch)
                     value = float(loss.detach())
                     if value != value or abs(value) == float("inf"):
                         raise NumericsError(
@@ -157,16 +158,20 @@ class FT(Editor):
         found = [[f, rows[f], first[f], token] for f, tokens in targets.items() for token in tokens]
         return torch.tensor(found, device=places.device)
 
-    def _loss(self, n: int, encoding: Encoding, places: Tensor) -> Tensor:
-        """Mean over a fact's target tokens of -log p, then over the n facts."""
-        end = self.lm.block_name(self.lm.n_layers - 1)
-        with trace(self.lm.model, [end], stop_at=end) as seen:
-            self.lm.forward(encoding)
-        fact, row, column, token = places.unbind(-1)
-        states = seen.output[end]
-        logits = self.lm.head(states[row.to(states.device), column.to(states.device)])
-        said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-        token, fact = token.to(said.device), fact.to(said.device)
-        said = said.gather(-1, token[:, None])[:, 0]
-        count = torch.zeros(n, dtype=said.dtype, device=said.device).index_add(0, fact, torch.ones_like(said))
-        return -(said / count[fact]).sum() / n
+
+def target_loss(lm: LM, n: int, encoding: Encoding, places: Tensor) -> Tensor:
+    """Mean over a fact's target tokens of -log p, then over the n facts.
+
+    places: target tokens (t, 4: fact, row, column that predicts, token), as of `locate.targets.TargetRows`.
+    """
+    end = lm.block_name(lm.n_layers - 1)
+    with trace(lm.model, [end], stop_at=end) as seen:
+        lm.forward(encoding)
+    fact, row, column, token = places.unbind(-1)
+    states = seen.output[end]
+    logits = lm.head(states[row.to(states.device), column.to(states.device)])
+    said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    token, fact = token.to(said.device), fact.to(said.device)
+    said = said.gather(-1, token[:, None])[:, 0]
+    count = torch.zeros(n, dtype=said.dtype, device=said.device).index_add(0, fact, torch.ones_like(said))
+    return -(said / count[fact]).sum() / n
