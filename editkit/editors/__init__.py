@@ -6,6 +6,7 @@ editor.restore()                  # and now it does not
 with delta.applied(lm): ...       # here it does
 """
 
+from .. import memory as _memory  # noqa: F401  registers the memory editors
 from .alphaedit import AlphaEdit
 from .base import EDITORS, Editor, make_editor, register
 from .delta import Delta

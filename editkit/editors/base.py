@@ -283,11 +283,13 @@ class Editor(ABC):
         return self._base[1]
 
 
-EDITORS: dict[str, type[Editor]] = {}
+EDITORS: dict[str, type] = {}
 
 
-def register(cls: type[Editor]) -> type[Editor]:
-    """Class decorator: make an editor available to `make_editor` under its `name`."""
+def register(cls: type) -> type:
+    """Class decorator: make an editor (of weights, or a memory beside them) available to `make_editor` under
+    its `name`.
+    """
     known = EDITORS.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise ConfigError(f"two editors are called {cls.name!r}: {known.__qualname__} and {cls.__qualname__}")
@@ -301,11 +303,17 @@ def make_editor(
     *,
     statistics: Mapping[int, Covariance | Tensor] | None = None,
     contexts: ContextTemplates | Sequence | None = None,
+    background: Sequence[str] | None = None,
     record: Record | None = None,
     **config: Any,
-) -> Editor:
-    """An editor by its registered name; `config` are its options. Raises ConfigError for unknown names and
-    options.
+):
+    """An `Editor` or `memory.MemoryEditor` by its registered name; `config` are its options.
+
+    background: texts unrelated to the edits, for memories. Raises ConfigError for unknown names and options.
     """
     check_known([name], sorted(EDITORS), "editor")
-    return EDITORS[name](lm, config, statistics=statistics, contexts=contexts, record=record)
+    cls = EDITORS[name]
+    if background is not None and issubclass(cls, Editor):
+        raise ConfigError(f"{name} changes weights and takes no background texts; pass statistics=...")
+    more = {} if background is None else {"background": background}
+    return cls(lm, config, statistics=statistics, contexts=contexts, record=record, **more)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 from ..errors import ConfigError, RequestError
 from ..models import LM
 from ..progress import bar
+from ..prompts import prompts as prompts_end
+from ..prompts import readers
 
 PaddingSide = Literal["left", "right"]
 TOKEN_BUDGET = 8192
@@ -187,13 +190,17 @@ def score_targets(
 
     batch_size: at most so many rows per forward pass; token_budget: rows x width of a batch. whole_texts:
     feed every prompt + answer whole, in a row of its own. Needed only for models whose hooks look at the
-    input (adapters that route by prompt). Otherwise rows that are prefixes of others are served by them.
-    Results do not depend on padding side or batching beyond float rounding.
+    input in ways editkit does not know. Otherwise rows that are prefixes of others are served by them. With a
+    memory attached, which routes by the prompt, a row serves only pairs of the same prompt, and the memory is
+    told where the prompts end. Results do not depend on padding side or batching beyond float rounding.
     """
     unique = list(dict.fromkeys((p, a) for p, a in pairs))
     tokens = split_tokens(lm, unique)
-    contexts = [tuple(ids) if whole_texts else tuple(ids[:-1]) for ids, _ in tokens]
-    rows, server = _servers(contexts, share=not whole_texts)
+    routed = bool(readers(lm))
+    # The number of prompt tokens in front keeps prompts of different length apart.
+    contexts = [(start * routed, *(ids if whole_texts else ids[:-1])) for ids, start in tokens]
+    served_rows, server = _servers(contexts, share=not whole_texts)
+    rows, starts = [row[1:] for row in served_rows], [row[0] for row in served_rows]
     served: list[list[int]] = [[] for _ in rows]
     for i, row in enumerate(server):
         served[row].append(i)
@@ -213,7 +220,8 @@ def score_targets(
                 ids += full[start:]
         first = min(c for _, c in where)
         kwargs = {"logits_to_keep": width - first} if keep else {}
-        logits = lm.model(**inputs, use_cache=False, return_dict=True, **kwargs).logits
+        with prompts_end(lm, [starts[i] for i in batch]) if routed else nullcontext():
+            logits = lm.model(**inputs, use_cache=False, return_dict=True, **kwargs).logits
         shift = first if keep else 0
         logprobs, argmax = _read(logits, [(r, c - shift) for r, c in where], ids)
         for pair, a, b in spans:

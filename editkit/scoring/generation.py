@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError, RequestError
 from ..models import LM
 from ..progress import bar
+from ..prompts import readers
 from .engine import TOKEN_BUDGET, batches, prompt_tokens
 
 
@@ -109,7 +110,8 @@ def generate(
 
     Greedy rows are batched by equal prompt length, so a result depends on its own prompt only. Sampled rows
     are drawn together, in the given order, in batches of batch_size: the draws depend on the composition of a
-    batch. Raises ConfigError or RequestError for unusable arguments.
+    batch. With a memory attached, which has to read whole prompts first, they are batched by length, too.
+    Raises ConfigError or RequestError for unusable arguments.
     """
     if (max_new_tokens is None) == (max_total_tokens is None):
         raise ConfigError("give exactly one of max_new_tokens and max_total_tokens")
@@ -128,7 +130,7 @@ def generate(
     texts = [p for p in prompts for _ in range(n_per_prompt)]
     rows = [r for r in rows for _ in range(n_per_prompt)]
     limits = [n for n in limits for _ in range(n_per_prompt)]
-    if top_k > 1:
+    if top_k > 1 and not readers(lm):
         size = batch_size or len(rows)
         work = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
     else:
