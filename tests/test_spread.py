@@ -1,6 +1,9 @@
 """Residual spreads: what each strategy does to alignment, amplitude and gradients."""
 
 import math
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,3 +215,152 @@ def test_memit_spreads_what_it_measures(tiny_lm, facts, strategy, by):
 def test_memit_has_no_gradients_to_subtract(tiny_lm, facts):
     with pytest.raises(ConfigError, match="spread"):
         edited(tiny_lm("llama", n_layers=3), facts, spread="released")
+
+
+# --- the derivation page
+
+
+PAGE = Path(__file__).parents[1] / "book" / "horse" / "derivation.md"
+TEXT = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+needs_book = pytest.mark.skipif(not TEXT, reason="the book is not part of this installation")
+
+
+@needs_book
+def test_blocks_of_the_derivation_run_in_order():
+    blocks = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.M | re.S)
+    assert len(blocks) >= 4
+    page: dict = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{PAGE.name}, block {number}", "exec"), page)
+
+
+@needs_book
+def test_labels_are_unique_and_every_reference_has_one():
+    labels = Counter(re.findall(r"^:label: (\S+)$", TEXT, flags=re.M))
+    assert max(labels.values()) == 1
+    used = re.findall(r"\{(?:eq|prf:ref)\}`([^`]+)`", TEXT)
+    assert used and {name for name in used if "horse-" in name} <= set(labels)
+    blocks = " ".join(re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.M | re.S))
+    assert set(re.findall(r"(?:eq|prop|thm)-horse-[a-z-]+", blocks)) <= set(labels)
+
+
+def exchangeable(layers, s, seed=0, rows=5, columns=6):
+    """Residuals of norm 1 with a shared unit direction b, orthogonal noise, and equal cosines s."""
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(rows * columns, layers + 1, dtype=torch.float64, generator=g)
+    basis = torch.linalg.qr(X).Q.T.reshape(-1, rows, columns)
+    return [s**0.5 * basis[0] + (1 - s) ** 0.5 * n for n in basis[1:]], basis[0]
+
+
+def weights(strategy, L, s):
+    """c_j of the proof of the theorem on noise: the written sum is sum_j c_j R_j."""
+    w = [s / (1 + (l - 2) * s) for l in range(1, L + 1)]
+    return {
+        "uniform": [1.0] * L,
+        "linear_decay": [1 / (L - j) for j in range(L)],
+        "consecutive": [1 - s] * (L - 1) + [1.0],
+        "gram_schmidt": [1 - sum(w[j + 1 :]) for j in range(L)],
+    }[strategy]
+
+
+def energy(strategy, L, s):
+    return {
+        "uniform": L,
+        "linear_decay": sum(1 / k**2 for k in range(1, L + 1)),
+        "consecutive": 1 + (L - 1) * (1 - s**2),
+        "gram_schmidt": sum((1 - s) * (1 + (l - 1) * s) / (1 + (l - 2) * s) for l in range(1, L + 1)),
+    }[strategy]
+
+
+@settings(**TINY)
+@given(st.integers(2, 7), st.floats(0.05, 0.95), st.sampled_from(sorted(set(STRATEGIES) - {"released"})))
+def test_signal_noise_and_energy(L, s, strategy):
+    R, b = exchangeable(L, s)
+    out = spread(R, strategy)
+    total, c = sum(out), torch.tensor(weights(strategy, L, s), dtype=torch.float64)
+    signal = inner(total, b)
+    noise = float((total - signal * b).square().sum())
+    assert math.isclose(signal, s**0.5 * float(c.sum()), rel_tol=1e-9)
+    assert math.isclose(noise, (1 - s) * float(c.square().sum()), rel_tol=1e-9)
+    assert math.isclose(sum(float(o.square().sum()) for o in out), energy(strategy, L, s), rel_tol=1e-9)
+    # no strategy beats the uniform one in signal to noise, nor in energy at equal signal
+    assert signal**2 / noise <= L * s / (1 - s) * (1 + 1e-9)
+    assert energy(strategy, L, s) >= signal**2 / (L * s) * (1 - 1e-9)
+
+
+@settings(**TINY)
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 10**6))
+def test_the_bound_holds_for_any_linear_spread(L, rows, seed):
+    g = torch.Generator().manual_seed(seed)
+    R, b = exchangeable(L, 0.4, seed)
+    T = torch.randn(L, L, dtype=torch.float64, generator=g)
+    out = [sum(t * r for t, r in zip(row, R)) for row in T]
+    signal = inner(sum(out), b)
+    noise = float((sum(out) - signal * b).square().sum())
+    assert signal**2 <= L * 0.4 / 0.6 * noise * (1 + 1e-9)
+    bound = signal**2 / L * (1 + 0.6 / (L * 0.4))
+    assert sum(float(o.square().sum()) for o in out) >= bound * (1 - 1e-9)
+
+
+@settings(**TINY)
+@given(shapes)
+def test_one_coefficient_per_fact_leaves_no_more_energy(shape):
+    R, _ = draw(*shape)
+    for whole, single in zip(spread(R, "consecutive"), spread(R, "consecutive", axis=0)):
+        assert float(single.norm()) <= float(whole.norm()) * (1 + 1e-12)
+
+
+@settings(**TINY)
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=7))
+def test_memits_loop_contributes_what_the_theorem_says_and_never_overshoots(rho):
+    """The loop itself, with shares from the library, against the closed form."""
+    L, left, written = len(rho), 1.0, []
+    for i, realised in enumerate(rho):
+        share = spread([torch.full((1,), left, dtype=torch.float64)] * L, "linear_decay")[i]
+        written.append(realised * float(share))
+        left -= written[-1]
+    for i, value in enumerate(written):
+        before = math.prod(1 - rho[k] / (L - k) for k in range(i))
+        assert math.isclose(value, rho[i] / (L - i) * before, abs_tol=1e-12) and value >= 0
+    assert math.isclose(left, math.prod(1 - r / (L - i) for i, r in enumerate(rho)), abs_tol=1e-9)
+    assert left >= -1e-12
+
+
+def test_simultaneous_layers_overshoot_as_derived():
+    """J(x) = -x + x^2 / 2: rises when the written sum exceeds twice the best step."""
+    for L in range(1, 8):
+        R = [torch.ones(1, 1)] * L
+        tau = {name: float(sum(spread(R, name))) for name in ("uniform", "linear_decay", "consecutive")}
+        tau["gram_schmidt"] = float(sum(spread(R, "gram_schmidt")))
+        rises = {name: t**2 / 2 - t > 1e-12 for name, t in tau.items()}
+        assert rises == {
+            "uniform": L >= 3, "linear_decay": L >= 4, "consecutive": False, "gram_schmidt": False
+        }  # fmt: skip
+
+
+@settings(**TINY)
+@given(st.integers(2, 6), st.floats(0.1, 0.9), st.floats(0.0, 1.0))
+def test_orthogonal_spreads_of_a_remeasured_residual(L, realised, turn):
+    """Case 1: nothing after the first layer. Case 2: the second layer writes the first one's error."""
+    r, _ = draw(2, 4, 3, seed=L)
+    r1, error = r[0], spread(r, "consecutive")[1] * turn
+    for strategy in ("consecutive", "gram_schmidt"):
+        seen = [r1]
+        for _ in range(L - 1):
+            seen.append(seen[-1] - realised * spread(seen, strategy)[-1])
+        out = spread(seen, strategy)
+        assert all(float(o.norm()) < 1e-12 * float(r1.norm()) for o in out[1:])
+        assert torch.allclose(seen[-1], (1 - realised) * r1)
+        second = spread([r1, (1 - realised) * r1 - error], strategy)[1]
+        assert torch.allclose(second, -error, atol=1e-12)
+
+
+@settings(**TINY)
+@given(st.floats(1e-2, 1e6), st.integers(0, 10**6))
+def test_a_large_ridge_gives_the_sum_of_rank_one_moves(ridge, seed):
+    g = torch.Generator().manual_seed(seed)
+    K, R = (torch.randn(k, 4, dtype=torch.float64, generator=g) for k in (6, 3))
+    Delta = torch.linalg.solve(K @ K.T + ridge * torch.eye(6, dtype=torch.float64), K @ R.T).T
+    sigma = float(torch.linalg.matrix_norm(K, 2)) ** 2
+    gap = float((ridge * Delta - R @ K.T).norm())
+    assert gap <= sigma / (sigma + ridge) * float((R @ K.T).norm()) * (1 + 1e-9)
