@@ -11,7 +11,9 @@ from .alphaedit import AlphaEdit
 from .base import EDITORS, Editor, make_editor, register
 from .delta import Delta
 from .ft import FT
+from .hypernet import HORSE, MALMEN, MEND, RLEdit
 from .latest import MemorizeLatest
+from .lora import LoRA
 from .memit import MEMIT, MEMITSeq
 from .nse import NSE
 from .prune import PRUNE
@@ -20,6 +22,6 @@ from .regularized import Regularized
 from .rome import ROME
 
 __all__ = [
-    "EDITORS", "FT", "MEMIT", "NSE", "PRUNE", "RECT", "ROME", "AlphaEdit", "Delta", "Editor", "MEMITSeq",
-    "MemorizeLatest", "Regularized", "make_editor", "register",
+    "EDITORS", "FT", "HORSE", "MALMEN", "MEMIT", "MEND", "NSE", "PRUNE", "RECT", "ROME", "AlphaEdit", "Delta",
+    "Editor", "LoRA", "MEMITSeq", "MemorizeLatest", "RLEdit", "Regularized", "make_editor", "register",
 ]  # fmt: skip

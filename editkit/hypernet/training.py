@@ -1,0 +1,345 @@
+"""Training of hypernetworks: caching, shifts, meta loss on the edited model, two-phase update; checkpoints.
+
+One step edits `n_edits` facts at once:
+
+1. rows of the edit prompts on the unedited model (`cache`), taken into the normaliser,
+2. the plan: one shift for every module (`Hypernetwork.plan`),
+3. phase 1: with the shifts in the model, G_l = d(sum over batches of CE(paraphrases) + loc_coef * locality)/dW_l,
+4. phase 2: `plan.backward(G)`, clip to a norm, Adam.
+
+What a step sees is a function of (seed, step), so a resumed training continues to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from ..config import Config, option
+from ..errors import ConfigError, DataError, NumericsError
+from ..hooks import frozen
+from ..models import LM
+from ..progress import bar
+from .cache import RowFiles, RowMemory, check_memory, count_rows
+from .data import (
+    Draw,
+    EditRecord,
+    Pair,
+    TupleBatch,
+    answer_logits,
+    cross_entropy,
+    draw,
+    encode_pairs,
+    kl_divergence,
+)
+from .network import Hypernetwork, Plan, Rows
+from .rledit import RLEdit
+from .sites import add_shifts, edited, oriented, weights
+
+_FORMAT = "editkit-hypertraining-1"
+Locality = Literal["kl", "cross_entropy"]
+Loss = tuple[float, Callable[[], Tensor]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How a hypernetwork is trained."""
+
+    n_edits: int = option(
+        512, "facts edited at once in a step (RLEdit: in each batch)", source="data.n_edits", low=1
+    )
+    length: int = option(400, "RLEdit: batches of a sequence", source="num_seq", low=1)
+    meta_lr: float = option(1e-5, "Adam's step size", source="editor.meta_lr", above=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", source="max_grad_norm", above=0)
+    locality: Locality = option(  # noqa: RUF009
+        "kl", "KL(before || after) on unrelated prompts, or cross entropy of their answers (HORSE as published)"
+    )  # fmt: skip
+    loc_coef: float = option(1.0, "weight of the locality loss; published HORSE: 1", source="loc_coef", low=0)
+    batch_size: int = option(32, "rows of the language model", source="data.batch_size", low=1)
+    seed: int = option(0, "seed of the draws", low=0)
+    memory_limit: float | None = option(None, "bytes that rows may take; None: what is free", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLog:
+    """One training step: mean losses over batches, norm of the gradient before clipping, seconds."""
+
+    step: int
+    generalization: float
+    locality: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What one batch of edits gave: plan, dL/dW (m, d) of each site, losses of each batch of the language model."""
+
+    plan: Plan
+    grads: list[Tensor]
+    generalization: list[float]
+    locality: list[float]
+
+
+def weight_gradients(lm: LM, net: Hypernetwork, losses: Sequence[Loss]) -> tuple[list[Tensor], list[float]]:
+    """Phase 1: weighted sum of the losses' gradients with respect to the edited weights, (m, d), at least
+    float32.
+
+    losses: (weight, function without arguments) each, run one after the other, so that one graph lives at a
+    time. Returns the gradients and the unweighted losses. Raises NumericsError if a loss is not finite.
+    """
+    params = [lm.parameter(name) for name in net.parameter_names()]
+    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
+    values = []
+    with frozen(lm.model):
+        for p in params:
+            p.requires_grad_(True)
+        for weight, loss_of in losses:
+            with torch.enable_grad():
+                loss = loss_of()
+            values.append(float(loss.detach()))
+            if not torch.isfinite(loss):
+                raise NumericsError(
+                    f"a meta loss is {values[-1]}: the edited model has lost its numbers; lower lr (the step "
+                    "size eta of the hypernetwork) or meta_lr"
+                )
+            for sum_, grad in zip(total, torch.autograd.grad(loss, params), strict=True):
+                sum_ += weight * grad
+    return [oriented(lm, s, g).contiguous() for s, g in zip(net.sites, total, strict=True)], values
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+class Trainer:
+    """Trains one hypernetwork on one model.
+
+    lm:      the unedited model; every step leaves its weights as they were, bit for bit.
+    records: training facts (`data.records_of`), disjoint from what is evaluated (`data.disjoint`).
+    config:  a `TrainConfig`, a mapping or None.
+    folder:  keep the rows of a step in shards there; None keeps the rows of every fact in memory.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        net: Hypernetwork,
+        records: Sequence[EditRecord],
+        config: TrainConfig | dict[str, Any] | None = None,
+        *,
+        folder: str | os.PathLike | None = None,
+    ) -> None:
+        self.lm, self.net, self.records = lm, net, list(records)
+        self.config = TrainConfig.make(config)
+        net.check_model(lm)
+        self.on_disk = folder is not None
+        size = self.config.batch_size, net.config.tokens
+        self.rows = (
+            RowFiles(lm, net.sites, *size, folder=folder) if self.on_disk else RowMemory(lm, net.sites, *size)
+        )
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=self.config.meta_lr)
+        self.log: list[StepLog] = []
+        self._before: dict[Pair, Tensor] = {}
+        self._model: str | None = None
+        if self.records:
+            self._draw(0)  # refuses too few records before any work
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def train(self, steps: int) -> list[StepLog]:
+        """Run that many more steps and return their logs. Raises ModelError if the model is another one."""
+        self._check_unedited()
+        for _ in bar(range(steps), f"training {self.net.name}", unit="step"):
+            self.step()
+        return self.log[-steps:]
+
+    def step(self) -> StepLog:
+        """One step (RLEdit: one sequence) with the facts drawn for it."""
+        start, number = time.perf_counter(), len(self.log)
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.net, RLEdit):
+            gen, loc = self.sequence([self._draw(number, t) for t in range(self.config.length)])
+        else:
+            seen = self._draw(number)
+            self._check_memory(seen.edits)
+            batches = [
+                encode_pairs(self.lm, p, self.config.batch_size) for p in (seen.paraphrases, seen.unrelated)
+            ]
+            found = self.accumulate(self.rows.take(seen.edits), *batches)
+            gen, loc = _mean(found.generalization), _mean(found.locality)
+        norm = self.update()
+        entry = StepLog(number, gen, loc, norm, time.perf_counter() - start)
+        self.log.append(entry)
+        return entry
+
+    def accumulate(
+        self, rows: Rows, paraphrases: Sequence[TupleBatch], unrelated: Sequence[TupleBatch]
+    ) -> Pass:
+        """Both phases for one batch of edits; the network's gradients are added up in `.grad`."""
+        self.net.observe(rows)
+        plan = self.net.plan(rows)
+        losses = [(1.0, lambda b=b: cross_entropy(self.lm, b)) for b in paraphrases]
+        losses += self._locality(unrelated)
+        with edited(self.lm, self.net.sites, plan.shifts):
+            grads, values = weight_gradients(self.lm, self.net, losses)
+        plan.backward(grads)
+        return Pass(plan, grads, values[: len(paraphrases)], values[len(paraphrases) :])
+
+    def sequence(self, draws: Sequence[Draw]) -> tuple[float, float]:
+        """RLEdit's step: a sequence of batches whose shifts stay in the model until its end."""
+        net, cfg = self.net, self.config
+        start, total = weights(self.lm, net.sites), None
+        memory = RowMemory(self.lm, net.sites, cfg.batch_size, net.config.tokens)
+        references = [self._locality(encode_pairs(self.lm, d.unrelated, cfg.batch_size)) for d in draws]
+        paraphrases = [encode_pairs(self.lm, d.paraphrases, cfg.batch_size) for d in draws]
+        gen, loc = [], []
+        try:
+            for t, seen in enumerate(draws):
+                memory.clear()
+                rows = memory.take(seen.edits)
+                net.observe(rows)
+                plan = net.plan(rows)
+                total = (
+                    plan.shifts if total is None else [a + b for a, b in zip(total, plan.shifts, strict=True)]
+                )
+                add_shifts(self.lm, net.sites, start, total)
+                losses = []
+                for back in range(min(t + 1, net.config.depth)):
+                    weight = net.config.decay**back
+                    losses += [(weight, lambda b=b: cross_entropy(self.lm, b)) for b in paraphrases[t - back]]
+                grads, values = weight_gradients(self.lm, net, losses + references[t])
+                plan.backward([G + 2 * net.config.reg * S for G, S in zip(grads, plan.shifts, strict=True)])
+                gen.append(_mean(values[: len(paraphrases[t])]))
+                loc.append(_mean(values[len(losses) :]))
+        finally:
+            with torch.no_grad():
+                for site, W in zip(net.sites, start, strict=True):
+                    self.lm.parameter(site.weight_name).copy_(W)
+        return _mean(gen), _mean(loc)
+
+    def update(self) -> float:
+        """Clip the gradients, step Adam; returns the norm before clipping."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm))
+        if norm != norm or norm == float("inf"):
+            raise NumericsError(f"the gradient of the hypernetwork is {norm}; lower lr or raise the ridge")
+        self.optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def validate(self, records: Sequence[EditRecord], seed: int = 0) -> dict[str, float]:
+        """Token accuracy on held-out facts edited at once: edit, paraphrase, unrelated (teacher-forced).
+
+        Neither the normaliser nor the network changes.
+        """
+        seen = draw(records, len({r.edit[0] for r in records}), seed, 0)
+        size = self.config.batch_size
+        self._check_memory(seen.edits)
+        rows = RowMemory(self.lm, self.net.sites, size, self.net.config.tokens).take(seen.edits)
+        out = {}
+        with edited(self.lm, self.net.sites, self.net.plan(rows).shifts):
+            for name in ("edits", "paraphrases", "unrelated"):
+                batches = encode_pairs(self.lm, getattr(seen, name), size)
+                hits = [(answer_logits(self.lm, b).argmax(-1) == b.targets).float() for b in batches]
+                out[name] = float(torch.cat(hits).mean())
+        return out
+
+    # --- helpers --------------------------------------------------------------------------------------------
+
+    def _draw(self, step: int, batch: int = 0) -> Draw:
+        return draw(self.records, self.config.n_edits, self.config.seed, step * self.config.length + batch)
+
+    def _locality(self, batches: Sequence[TupleBatch]) -> list:
+        """(weight, loss) of each batch; for KL the unedited model is read now, or was when the pair came first."""
+        weight = self.config.loc_coef
+        if not weight:
+            return []
+        if self.config.locality == "cross_entropy":
+            return [(weight, lambda b=b: cross_entropy(self.lm, b)) for b in batches]
+        before = [self._unedited(batch) for batch in batches]
+        pairs = zip(batches, before, strict=True)
+        return [(weight, lambda b=b, x=x: kl_divergence(self.lm, b, x)) for b, x in pairs]
+
+    @torch.no_grad()
+    def _unedited(self, batch: TupleBatch) -> Tensor:
+        """(answer tokens, vocabulary) log-probabilities; remembered by pair when rows are kept in memory."""
+        if not batch.pairs or any(p not in self._before for p in batch.pairs):
+            found = log_softmax(answer_logits(self.lm, batch), -1)
+            if self.on_disk or not batch.pairs:
+                return found
+            parts = found.split(batch.asked.sum(-1).tolist())
+            self._before.update((pair, part.clone()) for pair, part in zip(batch.pairs, parts, strict=True))
+        return torch.cat([self._before[p] for p in batch.pairs])
+
+    def _check_memory(self, pairs: Sequence[Pair]) -> None:
+        rows = count_rows(encode_pairs(self.lm, pairs, self.config.batch_size), self.net.config.tokens)
+        check_memory(len(pairs), rows, self.net.sites, self.config.memory_limit, self.on_disk)
+
+    def _check_unedited(self) -> None:
+        """Forget cached rows when the model has changed since they were taken."""
+        self.net.check_model(self.lm)
+        now = self.lm.fingerprint()
+        if now != self._model:
+            self.rows.clear()
+            self._before.clear()
+        self._model = now
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write network, normaliser, Adam's state and the log, so that `load` continues to the same bits."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"net:{k}": v for k, v in self.net.state_dict().items()}
+        for k, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam:{k}:{name}": torch.as_tensor(v) for name, v in state.items()}
+        meta = {
+            "net": self.net.describe(), "config": self.config.to_dict(),
+            "log": [dataclasses.astuple(entry) for entry in self.log],
+        }  # fmt: skip
+        part = path.with_name(path.name + ".part")
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        save_file(tensors, part, metadata={"format": _FORMAT, "training": json.dumps(meta)})
+        os.replace(part, path)
+        return path
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Continue a saved training. Raises DataError for another kind of file, ConfigError if method, options
+        or model differ.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                found = file.metadata() or {}
+                if found.get("format") != _FORMAT:
+                    raise DataError(f"{path} is not a training checkpoint; save it with Trainer.save")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read the checkpoint {path}: {error}") from error
+        meta = json.loads(found["training"])
+        mine = {**self.net.describe(), **self.config.to_dict()}
+        other = {**meta["net"], **meta["config"]}
+        differ = [k for k in mine if json.dumps(mine[k]) != json.dumps(other.get(k))]
+        if differ:
+            raise ConfigError(
+                f"the checkpoint was made with another {', '.join(differ)}; make network and trainer as then, "
+                "on the same model"
+            )
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("adam:"):
+                _, k, name = key.split(":")
+                state.setdefault(int(k), {})[name] = value
+        self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net:")})
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.log = [StepLog(*entry) for entry in meta["log"]]
