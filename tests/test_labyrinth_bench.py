@@ -11,8 +11,10 @@ from editkit.labyrinth.bench import ARMS, Bench, split_facts, untouched
 from editkit.labyrinth.health import Checkup, states, watch
 from editkit.labyrinth.revisions import state_gap
 from editkit.labyrinth.streams import (
+    Keep,
     arm_scores,
     edit_stream,
+    kept_stream,
     paired_gain,
     paper_row,
     pipeline_gap,
@@ -112,6 +114,60 @@ def test_checkpoints_lie_between_batches(bench):
     assert seen == [0, 3, 4]
     with pytest.raises(ConfigError, match="no multiple"):
         edit_stream(editor, bench.facts, 2, checkpoint=seen.append, every=3)
+
+
+@pytest.mark.parametrize("arm", ["memit-seq", "rect-compensated"])
+def test_interrupted_stream_resumes_to_the_same_weights(bench, tmp_path, arm):
+    bench.prepare()
+    whole = bench.editor(arm)
+    notes = edit_stream(whole, bench.facts, 1, checkpoint=lambda done: {"edits": done}, every=1)
+    expected = [bench.lm.get_matrix(layer) for layer in bench.layers]
+    whole.restore()
+
+    class Killed(BaseException):
+        pass
+
+    def fragile(done):
+        if done == 3:
+            raise Killed
+        return {"edits": done}
+
+    editor = bench.editor(arm)
+    keep = Keep(tmp_path / "streams", "s", seconds=0)
+    with pytest.raises(Killed):
+        edit_stream(editor, bench.facts, 1, checkpoint=fragile, every=1, keep=keep)
+    editor.restore()
+    asked = []
+    fresh = bench.editor(arm)
+    found = edit_stream(
+        fresh,
+        bench.facts,
+        1,
+        checkpoint=lambda done: asked.append(done) or {"edits": done},
+        every=1,
+        keep=keep,
+    )
+    assert asked == [3, 4] and found == notes
+    for layer, W in zip(bench.layers, expected, strict=True):
+        assert torch.equal(bench.lm.get_matrix(layer), W)
+    assert list((tmp_path / "streams").iterdir()) == []
+    fresh.restore()
+
+
+def test_kept_streams_differ_by_all_that_decides_them(bench, tmp_path):
+    editor = bench.editor("memit-seq")
+    assert kept_stream(bench, editor, 2, True) is None
+    bench.cache_dir = tmp_path
+    names = [
+        kept_stream(bench, editor, 2, True).name,
+        kept_stream(bench, editor, 1, True).name,
+        kept_stream(bench, editor, 2, False).name,
+        kept_stream(bench, editor, 2, True, ["a text"]).name,
+        kept_stream(bench, bench.editor("memit-seq", lam=7.0), 2, True).name,
+        kept_stream(bench, bench.editor("memit"), 2, True).name,
+    ]
+    assert len(set(names)) == len(names)
+    assert kept_stream(bench, bench.editor("memit-seq"), 2, True).name == names[0]
 
 
 def test_state_gap_closes_when_a_fact_is_written(bench):

@@ -15,7 +15,7 @@ from ..locate.keys import read_states
 from ..models import LM
 from ..scoring import perplexity, score, score_targets
 from .bench import Bench
-from .streams import edit_stream
+from .streams import edit_stream, kept_stream
 
 Statement = tuple[str, str, str]  # template, subject, true answer
 
@@ -134,22 +134,30 @@ def watch(
     Returns (rows, scalars) with a column edits; rows also have metric "kept": for each fact so far,
     whether the model states it (greedy generation).
     """
-    bench, rows, scalars = checkup.bench, [], []
+    bench = checkup.bench
 
-    def look_at(done: int) -> None:
+    def look_at(done: int) -> dict:
         numbers, table = start if done == 0 and start is not None else checkup.take()
-        rows.append(table.assign(edits=done))
-        scalars.append({"edits": done, **numbers})
         if done:
             kept = score(bench.lm, bench.facts[:done], "generate", ["efficacy"])["success"]
-            rows.append(_long({"kept": kept}).assign(edits=done))
+            table = pd.concat([table, _long({"kept": kept})], ignore_index=True)
+        return {"scalars": {"edits": done, **numbers}, "rows": table.assign(edits=done).to_dict("list")}
 
     editor = bench.editor(arm, shared=shared)
+    seen = [
+        every,
+        list(checkup.texts),
+        [list(b) for b in bench.bystanders],
+        list(checkup.tasks),
+        checkup.limit,
+    ]
+    keep = kept_stream(bench, editor, batch, shared, *seen)
     try:
-        edit_stream(editor, bench.facts, batch, checkpoint=look_at, every=every)
+        found = edit_stream(editor, bench.facts, batch, checkpoint=look_at, every=every, keep=keep)
     finally:
         editor.restore()
-    return pd.concat(rows, ignore_index=True), pd.DataFrame(scalars)
+    rows = pd.concat([pd.DataFrame(f["rows"]) for f in found], ignore_index=True)
+    return rows, pd.DataFrame([f["scalars"] for f in found])
 
 
 def downstream(lm: LM, tasks: Sequence[str], *, limit: int | None = None) -> dict[str, float]:
