@@ -112,6 +112,17 @@ def test_one_edit_on_the_shipped_model(shipped):
     assert all(torch.equal(v, before[k]) for k, v in lm.model.state_dict().items())
 
 
+def test_readme_example_runs_as_printed(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(testbed.statistics, "__kwdefaults__", {"max_texts": 1500})
+    exec(compile(code, "README.md", "exec"), {})
+    said = [line.split("->")[1].strip() for line in capsys.readouterr().out.splitlines() if "->" in line]
+    assert len(said) == 3 and said[0] == said[2] != said[1]
+    assert (tmp_path / "edit.safetensors").exists()
+
+
 def tiny_setup():
     config = CompanionConfig(people=8, companies=3, biographies=2)
     world = make_world(config)
