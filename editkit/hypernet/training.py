@@ -153,6 +153,8 @@ class Trainer:
         self.log: list[StepLog] = []
         self._before: dict[Pair, Tensor] = {}
         self._model: str | None = None
+        self._since = 0  # first step whose facts are in memory
+        self._stale = False  # a checkpoint was loaded, its memory is not there yet
         if self.records:
             self._draw(0)  # refuses too few records before any work
 
@@ -290,10 +292,26 @@ class Trainer:
         """Forget cached rows when the model has changed since they were taken."""
         self.net.check_model(self.lm)
         now = self.lm.fingerprint()
-        if now != self._model:
-            self.rows.clear()
-            self._before.clear()
-        self._model = now
+        if now == self._model and not self._stale:
+            return
+        self.rows.clear()
+        self._before.clear()
+        if not self._stale or now != self._model:
+            self._since = len(self.log)
+        for step in range(self._since, len(self.log)):
+            self._remember(step)
+        self._model, self._stale = now, False
+
+    def _remember(self, step: int) -> None:
+        """Read the facts of a former step again, in the same batches: a row's last bits depend on them."""
+        if self.on_disk:
+            return
+        sequence = isinstance(self.net, RLEdit)
+        for t in range(self.config.length if sequence else 1):
+            seen = self._draw(step, t)
+            if not sequence:
+                self.rows.take(seen.edits)
+            self._locality(encode_pairs(self.lm, seen.unrelated, self.config.batch_size))
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -306,7 +324,7 @@ class Trainer:
             tensors |= {f"adam:{k}:{name}": torch.as_tensor(v) for name, v in state.items()}
         meta = {
             "net": self.net.describe(), "config": self.config.to_dict(),
-            "log": [dataclasses.astuple(entry) for entry in self.log],
+            "log": [dataclasses.astuple(entry) for entry in self.log], "since": self._since, "model": self._model,
         }  # fmt: skip
         part = path.with_name(path.name + ".part")
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
@@ -343,3 +361,4 @@ class Trainer:
         self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net:")})
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.log = [StepLog(*entry) for entry in meta["log"]]
+        self._since, self._model, self._stale = meta["since"], meta["model"], True
