@@ -22,7 +22,7 @@ from ..facts import Fact
 from ..hooks import submodule
 from ..linear.normal import rome_direction, rome_update
 from ..locate.keys import compute_keys
-from ..locate.targets import optimize_targets
+from ..locate.targets import TargetResult, optimize_targets
 from ..progress import bar
 from .base import register
 from .locate_then_edit import LocateConfig, LocateEditor
@@ -66,6 +66,14 @@ class ROME(LocateEditor):
             self.write_fact(fact)
         return {}
 
+    def value(self, fact: Fact) -> TargetResult:
+        """The MLP output v (m, 1) that makes the model say the new object, on the current weights."""
+        cfg = self.config
+        return optimize_targets(
+            self.lm, [fact], cfg.layers[0], cfg.targets, contexts=self.templates(), token=cfg.token,
+            module="mlp",
+        )  # fmt: skip
+
     def write_fact(self, fact: Fact) -> None:
         cfg, lm, layer = self.config, self.lm, self.config.layers[0]
         contexts = self.templates()
@@ -79,9 +87,7 @@ class ROME(LocateEditor):
 
         mean = key(contexts, "flat")
         u = rome_direction(C0, mean)
-        found = optimize_targets(
-            lm, [fact], layer, cfg.targets, contexts=contexts, token=cfg.token, module="mlp"
-        )
+        found = self.value(fact)
         v = found.z[:, 0]
         k = mean if cfg.key == "mean" else key(None, "flat")
         # The MLP's output is W k + b: what is left for W k is v - b.
