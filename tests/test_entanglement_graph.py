@@ -1,6 +1,8 @@
 """The graph: equal to all pairs by brute force, resumable to the same bytes, refused where it does not fit."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -340,11 +342,11 @@ def test_describe(tmp_path, H, corpus):
     E = brute(H, corpus)
     table = describe(graph, corpus, thresholds=[0.3, 0.8, 5.0])
     for row, t in zip(table.itertuples(), (0.3, 0.8)):
-        degrees = (E >= t).sum(1)
+        degrees = (t <= E).sum(1)
         assert row.pairs * 2 == degrees.sum() and row.mean_degree == pytest.approx(degrees.mean())
         assert row.max_degree == degrees.max() and row.isolated == (degrees == 0).sum()
         template = labels(corpus, "template")
-        i, j = np.nonzero(E >= t)
+        i, j = np.nonzero(t <= E)
         assert row.other_template == pytest.approx(np.mean(template[i] != template[j]))
     assert table["components"][1] >= table["components"][0] and table["giant"][0] >= table["giant"][1]
     assert table["pairs"][2] == 0 and table["components"][2] == N and np.isnan(table["clustering"][2])
@@ -388,7 +390,21 @@ def test_stability(tmp_path, H, corpus):
 def test_threshold_for_a_density(H, corpus):
     t = threshold_for(cosine(H), 0.1)
     E = cosine(H).matrix().numpy()
-    share = ((E >= t).sum() - N) / (N * (N - 1))
+    share = ((t <= E).sum() - N) / (N * (N - 1))
     assert share == pytest.approx(0.1, abs=0.01)
     with pytest.raises(ConfigError, match="density"):
         threshold_for(cosine(H), 2.0)
+
+
+def test_benchmark_of_all_pairs():
+    script = Path(__file__).parents[1] / "benchmarks" / "all_pairs.py"
+    if not script.is_file():
+        pytest.skip("benchmarks are not part of this installation")
+    spec = importlib.util.spec_from_file_location("benchmark_all_pairs", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    args = module.parse(["--n", "300", "--widths", "16", "--top-k", "4", "--repeats", "2"])
+    found = module.run(args)["widths"]["16"]
+    assert found["edges"]["top_k"] == 1200 and found["pairs"] == 300 * 299 // 2
+    assert found["edges"]["threshold"] == pytest.approx(0.005 * 300 * 299, rel=0.3)
+    assert set(found["ratio"]["wall"]) == set(found["ratio"]["processor"]) == {"top_k", "threshold"}

@@ -255,7 +255,8 @@ def import_json(
     identity = {
         "score": metric, "symmetric": True, "absolute": False, "threshold": threshold, "top_k": top_k,
         "block": n, "matrices": sha256_of(Path(path)), "facts": facts_hash(facts),
-        "excluded_pairs": len(skip) - n, "model": None, "fingerprint": None, "about": {"source": "CLaRE schema", **(about or {})},
+        "excluded_pairs": len(skip) - n, "model": None, "fingerprint": None,
+        "about": {"source": "CLaRE schema", **(about or {})},
     }  # fmt: skip
     writer = GraphWriter(folder, identity, n, dtype)
     first = np.concatenate([[0], np.cumsum(counts)])
