@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from editkit.entanglement.graph import ROWS, build_graph
+from editkit.entanglement.graph import ROWS, EntanglementGraph, build_graph
 from editkit.entanglement.graph_statistics import threshold_for
 from editkit.entanglement.similarity import cosine
 from editkit.runs.provenance import git_state, hardware, package_versions
@@ -35,9 +35,9 @@ class Clock:
         self.wall: dict[str, list[float]] = {}
         self.processor: dict[str, list[float]] = {}
 
-    def time(self, name: str, call):
+    def time(self, name: str, call, *args, **options):
         start, busy = time.perf_counter(), time.process_time()
-        result = call()
+        result = call(*args, **options)
         self.wall.setdefault(name, []).append(time.perf_counter() - start)
         self.processor.setdefault(name, []).append(time.process_time() - busy)
         return result
@@ -46,6 +46,11 @@ class Clock:
 def bare_product(H: torch.Tensor) -> float:
     """H H^T, all of it; returns one entry, so that the device has finished."""
     return float((H @ H.T)[-1, -1])
+
+
+def graph_of(folder: Path, H: torch.Tensor, **options) -> EntanglementGraph:
+    """The graph of the cosines of H."""
+    return build_graph(folder, cosine(H), **options)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -63,14 +68,10 @@ def run(args: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             for repeat in range(args.repeats):
                 load.append(os.getloadavg()[0])
-                clock.time("product", lambda: bare_product(H))
+                clock.time("product", bare_product, H)
                 for name, options in arms.items():
-                    graph = clock.time(
-                        name,
-                        lambda name=name, options=options: build_graph(
-                            Path(folder) / f"{name}{repeat}", cosine(H), rows=args.rows, **options
-                        ),
-                    )
+                    target = Path(folder) / f"{name}{repeat}"
+                    graph = clock.time(name, graph_of, target, H, rows=args.rows, **options)
                     edges[name] = graph.n_edges
         seconds = {
             name: {"wall": times, "processor": clock.processor[name]} for name, times in clock.wall.items()

@@ -1,5 +1,6 @@
 """Applications of entanglement: facts that an edit keeps, the audit trail, what to re-check first."""
 
+import itertools
 import json
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_refusals(lm, C0, facts):
         editor.preserve([KEPT[0], KEPT[0]])
     with pytest.raises(ConfigError, match="weight"):
         editor.preserve(KEPT, -1.0)
-    with pytest.raises(ConfigError, match="no normal equations.*memit"):
+    with pytest.raises(ConfigError, match=r"no normal equations.*memit"):
         preserving(EDITORS["ft"])
     with pytest.raises(ConfigError, match="did you mean 'memit'"):
         preserving_editor("memitt", lm)
@@ -204,7 +205,7 @@ def log(tmp_path):
 def test_chain(log):
     entries = log.entries()
     assert [e["number"] for e in entries] == [0, 1, 2, 3] and entries[0]["previous"] == START
-    assert all(b["previous"] == a["hash"] == entry_hash(a) for a, b in zip(entries, entries[1:]))
+    assert all(b["previous"] == a["hash"] == entry_hash(a) for a, b in itertools.pairwise(entries))
     head = log.head
     log.append({"kind": "note", "text": "é"})
     log.verify(head)
@@ -277,7 +278,7 @@ def test_explain(log):
     assert len(explain(log.entries(), np.zeros(4))) == 4
     with pytest.raises(RequestError, match="4 edited facts, 3"):
         explain(log.entries(), np.zeros(3))
-    assert list(explain([], []).columns)[0] == "number"
+    assert next(iter(explain([], []).columns)) == "number"
 
 
 def test_record_of_an_edit(lm, C0, facts, tmp_path):
