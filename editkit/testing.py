@@ -11,6 +11,7 @@ check_editor(make, lm, facts)
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -244,3 +245,156 @@ def _edited_elsewhere(make: Make, lm: LM, facts: list[Fact], original: dict[str,
     editor.restore()
     _put(lm, found)
     return delta
+
+
+# --- memory editors ---------------------------------------------------------------------------------------------
+
+
+def check_memory_editor(make: Make, lm: LM, facts: Sequence[Fact]) -> None:
+    """Raise AssertionError unless the editor keeps every promise of `memory.base.MemoryEditor`.
+
+    make:  make(lm, **changes) returns a new editor; it has to pass on the option `layer` and unknown ones.
+    lm:    a small float32 model on the CPU.   facts: at least three edit requests it can take.
+
+    Checked: nothing but hooks ever touches the model, and `detach` leaves none; editing changes what the model
+    says, `detached` and `restore` give back the unedited model's logits bit for bit; equal seeds give equal
+    memories whatever the global seed; no state leaks between instances; a stream that is saved, stopped and
+    loaded ends in the same memory; bad requests, options and other models are refused before anything changes.
+    """
+    facts = list(facts)
+    assert len(facts) >= 3, "the contract needs at least three facts"
+    original, hooks = _weights(lm), _hooks(lm)
+    unedited = _logits(lm, facts)
+    for check in (_lives_beside, _repeats_memory, _keeps_memories_apart, _refuses_memory, _resumes_memory):
+        try:
+            check(make, lm, facts, unedited)
+            _same(original, _weights(lm), f"{check.__name__[1:]} changed a weight")
+            assert hooks == _hooks(lm), f"{check.__name__[1:]}: hooks were left in the model"
+        finally:
+            _put(lm, original)
+
+
+def _logits(lm: LM, facts: Sequence[Fact]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {fact.text: lm.logits(lm.encode([fact.text]))[0] for fact in facts}
+
+
+def _remembered(editor) -> dict[str, object]:
+    return {"values": json.dumps(editor.memory()[0], sort_keys=True), **editor.state_dict()}
+
+
+def _same_memory(a: dict, b: dict, message: str) -> None:
+    assert a.keys() == b.keys(), f"{message}: {sorted(a.keys() ^ b.keys())}"
+    differ = [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], Tensor) else a[k] == b[k])]
+    assert not differ, f"{message}: {differ}"
+
+
+def _lives_beside(make: Make, lm: LM, facts: list[Fact], unedited: dict[str, Tensor]) -> None:
+    before = _weights(lm)
+    flags = [(p.requires_grad, p.grad is None) for p in lm.model.parameters()]
+    state = torch.random.get_rng_state()
+    tree = [(name, type(module), sorted(module.__dict__)) for name, module in lm.model.named_modules()]
+    editor = make(lm)
+    with editor.attached():
+        _same(unedited, _logits(lm, facts), "a memory without edits changes logits")
+    done = editor.edit(facts)
+    assert editor.is_attached, "edit() must leave the memory attached"
+    assert done.editor == editor.name and len(done.facts) == len(facts) == editor.n_facts
+    _same(before, _weights(lm), "the edit changed weights")
+    assert flags == [(p.requires_grad, p.grad is None) for p in lm.model.parameters()], (
+        "gradient flags changed"
+    )
+    assert not lm.model.training, "the model was left in training mode"
+    assert torch.equal(state, torch.random.get_rng_state()), "the global random state was used"
+    edited = _logits(lm, facts)
+    assert any(not torch.equal(edited[k], unedited[k]) for k in edited), "the edit changed nothing"
+    with editor.detached():
+        _same(unedited, _logits(lm, facts), "the detached model is not the unedited one")
+    _same(edited, _logits(lm, facts), "attaching again gives other logits")
+    editor.restore()
+    _same(unedited, _logits(lm, facts), "restore() does not give the unedited model")
+    now = [(name, type(module), sorted(module.__dict__)) for name, module in lm.model.named_modules()]
+    assert tree == now, "the module tree was changed"
+
+
+def _repeats_memory(make: Make, lm: LM, facts: list[Fact], unedited: dict[str, Tensor]) -> None:
+    found = []
+    state = torch.random.get_rng_state()
+    try:
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            editor = make(lm)
+            editor.edit(facts)
+            found.append(_remembered(editor))
+            editor.restore()
+    finally:
+        torch.random.set_rng_state(state)
+    _same_memory(*found, "two runs with equal options differ")
+
+
+def _keeps_memories_apart(make: Make, lm: LM, facts: list[Fact], unedited: dict[str, Tensor]) -> None:
+    first = make(lm)
+    first.edit(facts)
+    alone = _remembered(first)
+    first.detach()
+    second = make(lm)
+    second.edit(facts[:1])
+    second.detach()
+    _same_memory(alone, _remembered(first), "another instance changed this one's memory")
+    second.restore()
+    second.edit(facts)
+    _same_memory(alone, _remembered(second), "after restore() an editor still remembers")
+    second.restore()
+
+
+def _refuses_memory(make: Make, lm: LM, facts: list[Fact], unedited: dict[str, Tensor]) -> None:
+    fact = facts[0]
+    editor = make(lm)
+    editor.edit(facts[:1])
+    before = _remembered(editor)
+    bad: dict[str, list] = {
+        "no facts": [],
+        "something that is no fact": [("a", "b")],
+        "an empty target": [fact.replace(target="  ")],
+        "an empty subject": [fact.replace(subject="")],
+        "a prompt without the subject": [fact.replace(prompt=fact.text)],
+        "duplicate facts": [fact, fact],
+        "contradictory facts": [fact, fact.replace(target=fact.target + " " + fact.target)],
+    }
+    for what, requests in bad.items():
+        _raises(RequestError, lambda r=requests: editor.edit(r), f"{what} was not refused")
+        _same_memory(before, _remembered(editor), f"refusing {what} changed the memory")
+    other = make(lm)
+    _raises(ModelError, other.attach, "two memories were attached at once")
+    editor.detach()
+    with changed(lm, ()):
+        _raises(ModelError, editor.attach, "the memory was attached to another model")
+        _raises(ModelError, lambda: editor.edit(facts[1:2]), "the memory was continued on another model")
+    editor.restore()
+    _raises(ConfigError, lambda: make(lm, no_such_option=1), "an unknown option was not refused")
+    if hasattr(editor.config, "layer"):
+        _raises(ModelError, lambda: make(lm, layer=lm.n_layers), "an unknown layer was not refused")
+
+
+def _resumes_memory(make: Make, lm: LM, facts: list[Fact], unedited: dict[str, Tensor]) -> None:
+    whole = make(lm)
+    for fact in facts:
+        whole.edit([fact])
+    end, said = _remembered(whole), _logits(lm, facts)
+    whole.restore()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stream.safetensors"
+        part = make(lm)
+        part.edit(facts[:1])
+        part.save(path)
+        part.restore()
+        resumed = make(lm)
+        resumed.load(path)
+        assert resumed.is_attached, "load() must leave the memory attached"
+        for fact in facts[1:]:
+            resumed.edit([fact])
+        _same_memory(end, _remembered(resumed), "a resumed stream ends in another memory")
+        _same(said, _logits(lm, facts), "a resumed stream ends in other logits")
+        resumed.restore()
+        with changed(lm, ()):
+            _raises(ModelError, lambda: make(lm).load(path), "the memory of another model was not refused")

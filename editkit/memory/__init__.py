@@ -7,5 +7,6 @@ editor.save("facts.safetensors")  # open_memory("facts.safetensors", lm) takes i
 """
 
 from .base import MemoryEdit, MemoryEditor, open_memory
+from .memoir import Memoir
 
-__all__ = ["MemoryEdit", "MemoryEditor", "open_memory"]
+__all__ = ["Memoir", "MemoryEdit", "MemoryEditor", "open_memory"]
