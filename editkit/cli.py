@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "editkit.world.command",
     "fetch": "editkit.corpora.command",
     "conformance": "editkit.conformance.command",
+    "doctor": "editkit.doctor",
 }
 
 

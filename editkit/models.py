@@ -23,6 +23,7 @@ from .architectures import ARCHITECTURES, ArchSpec
 from .batching import Encoding
 from .errors import EditkitError, ModelError, NumericsError, RequestError
 from .hooks import hidden, submodule
+from .preflight import check_source
 
 __all__ = ["ARCHITECTURES", "LM", "ArchSpec", "Encoding", "hidden", "load_lm"]
 
@@ -359,6 +360,7 @@ def load_lm(
     """
     source = model if isinstance(model, PreTrainedModel) else str(model)
     if isinstance(source, str):
+        check_source(source, dtype or torch.float32, spec, **kwargs)
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, **kwargs)
         except EditkitError:
