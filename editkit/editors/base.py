@@ -305,13 +305,20 @@ def make_editor(
     contexts: ContextTemplates | Sequence | None = None,
     background: Sequence[str] | None = None,
     record: Record | None = None,
+    preset: str | None = None,
     **config: Any,
 ):
     """An `Editor` or `memory.MemoryEditor` by its registered name; `config` are its options.
 
-    background: texts unrelated to the edits, for memories. Raises ConfigError for unknown names and options.
+    background: texts unrelated to the edits, for memories.   preset: published options of a model (`presets`), by
+    name or "auto" for the one of this model's shape; what `config` gives comes on top.
+    Raises ConfigError for unknown names and options, and for a preset of another model.
     """
     check_known([name], sorted(EDITORS), "editor")
+    if preset is not None:
+        from ..presets import options_for
+
+        config = {**options_for(lm, name, preset), **config}
     cls = EDITORS[name]
     if background is not None and issubclass(cls, Editor):
         raise ConfigError(f"{name} changes weights and takes no background texts; pass statistics=...")
