@@ -16,7 +16,7 @@ from editkit.entanglement.correlation import agreement, agreement_table, gain, r
 from editkit.entanglement.critical_layer import PRESETS, critical_layer, from_site
 from editkit.entanglement.gradsim import Sketch, gradients, gradsim, parameter_names, sketched_gradsim
 from editkit.entanglement.ripple import MEASURES, SharedTargets, Watch, check_pairs, choose, measure, overview
-from editkit.entanglement.whitened import (
+from editkit.entanglement.plans import (
     DIRECTIONS,
     Memory,
     delta_shift,
@@ -181,7 +181,7 @@ def test_forward_only_plans_write_nothing(direction):
 
 
 def test_gradient_points_where_the_probability_rises():
-    from editkit.entanglement.whitened import _Run
+    from editkit.entanglement.plans import _Run
 
     lm = make_lm("llama")
     rows = [(f.prompt, f.subject) for f in EDITS]
