@@ -6,14 +6,16 @@ import copy
 import dataclasses
 import json
 
+import pandas as pd
 import pytest
 import torch
-from conftest import make_lm
+from conftest import MODEL_TYPES, make_lm
 
 from editkit.editors import make_editor
 from editkit.editors.hypernet import HORSE
 from editkit.errors import ConfigError, DataError, ModelError, RequestError
 from editkit.facts import Probe
+from editkit.hooks import submodule
 from editkit.hypernet import (
     RowFiles,
     RowMemory,
@@ -24,8 +26,9 @@ from editkit.hypernet import (
     records_of,
 )
 from editkit.hypernet.cache import bytes_needed, check_memory
-from editkit.hypernet.data import draw
+from editkit.hypernet.data import answer_logits, draw
 from editkit.hypernet.network import load_hypernetwork
+from editkit.hypernet.prefix import StateMemory, entering
 from editkit.hypernet.sites import edited, find_sites
 from editkit.testing import check_editor
 
@@ -334,6 +337,47 @@ def test_too_many_edits_say_how_many_fit(records, facts):
         make_editor_of(trainer).__class__(lm, {"memory_limit": 100}, hypernetwork=trainer.net).edit(facts)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_states_below_the_edits_give_the_same_losses(model_type, records):
+    lm = make_lm(model_type, n_layers=3)
+    sites = find_sites(lm, [2])
+    states, batch = StateMemory(lm, sites), encode_pairs(lm, [r.edit for r in records], 4)[0]
+    states.take(encode_pairs(lm, [records[0].edit], 1)[0])  # alone, padded differently
+    with edited(
+        lm, sites, [torch.randn(s.m, s.d, generator=torch.Generator().manual_seed(0)) for s in sites]
+    ):
+        expected = answer_logits(lm, batch)
+        ran = []
+        hook = lm.model.get_submodule(lm.attn_name(1)).register_forward_hook(lambda *_: ran.append(1))
+        with entering(lm, states.block, states.take(batch)):
+            count = len(ran)
+            found = answer_logits(lm, batch)
+        assert states.block == 2 and len(states) == 4 and len(ran) == count
+        hook.remove()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(answer_logits(lm, batch)).all() and "forward" not in vars(
+        submodule(lm.model, lm.block_name(0))
+    )
+    assert StateMemory(lm, find_sites(lm, [0])).take(batch) is None
+
+
+@pytest.mark.parametrize("name", ["horse", "rledit"])
+def test_upper_layers_resume_to_the_same_bits_too(name, records, tmp_path):
+    lm = make_lm(n_layers=3)
+
+    def fresh():
+        net = make_hypernetwork(name, lm, layers=[1, 2], **SMALL)
+        return Trainer(lm, net, records, {**STEP, "locality": "kl"})
+
+    whole, part = fresh(), fresh()
+    whole.train(4)
+    part.train(3)
+    resumed = fresh()
+    resumed.load(part.save(tmp_path / "training.safetensors"))
+    resumed.train(1)
+    assert len(resumed.states) and same(whole.net.state_dict(), resumed.net.state_dict())
+
+
 def test_unrelated_answers_are_read_once_before_the_edit(records):
     lm = make_lm()
     trainer = trainer_of(lm, "malmen", records)
@@ -341,3 +385,22 @@ def test_unrelated_answers_are_read_once_before_the_edit(records):
     first = trainer._unedited(batch)
     with edited(lm, trainer.net.sites, [torch.ones(s.m, s.d) for s in trainer.net.sites]):
         assert torch.equal(first, trainer._unedited(batch))
+
+
+def test_gain_is_paired_by_fact():
+    from editkit.hypernet.bench import gain, published, units
+
+    rows = pd.DataFrame(
+        [
+            {"method": m, "seed": s, "fact_id": f, "protocol": "rome_zsre", "axis": a, "success": v}
+            for s in (0, 1)
+            for f in "abc"
+            for m, v in (("horse", 0.9), ("mend", 0.5), ("malmen", 0.7))
+            for a in ("efficacy", "paraphrase", "locality")
+        ]
+    )
+    assert units(rows, "rome_zsre")["average"].tolist() == pytest.approx([0.9] * 6 + [0.7] * 6 + [0.5] * 6)
+    assert gain(rows, "rome_zsre", "horse", ["mend", "malmen"], "locality").mean == pytest.approx(0.3)
+    with pytest.raises(ConfigError, match="memit"):
+        gain(rows, "rome_zsre", "horse", ["memit"], "average")
+    assert [g["points"] for g in published()["gains"]] == [6.26, 10.12]

@@ -44,6 +44,7 @@ from .data import (
     kl_divergence,
 )
 from .network import Hypernetwork, Plan, Rows
+from .prefix import StateMemory, entering
 from .rledit import RLEdit
 from .sites import add_shifts, edited, oriented, weights
 
@@ -151,6 +152,7 @@ class Trainer:
         )
         self.optimizer = torch.optim.Adam(net.parameters(), lr=self.config.meta_lr)
         self.log: list[StepLog] = []
+        self.states = None if self.on_disk else StateMemory(lm, net.sites)
         self._before: dict[Pair, Tensor] = {}
         self._model: str | None = None
         self._since = 0  # first step whose facts are in memory
@@ -192,7 +194,7 @@ class Trainer:
         """Both phases for one batch of edits; the network's gradients are added up in `.grad`."""
         self.net.observe(rows)
         plan = self.net.plan(rows)
-        losses = [(1.0, lambda b=b: cross_entropy(self.lm, b)) for b in paraphrases]
+        losses = [(1.0, self._entered(cross_entropy, b)) for b in paraphrases]
         losses += self._locality(unrelated)
         with edited(self.lm, self.net.sites, plan.shifts):
             grads, values = weight_gradients(self.lm, self.net, losses)
@@ -220,7 +222,7 @@ class Trainer:
                 losses = []
                 for back in range(min(t + 1, net.config.depth)):
                     weight = net.config.decay**back
-                    losses += [(weight, lambda b=b: cross_entropy(self.lm, b)) for b in paraphrases[t - back]]
+                    losses += [(weight, self._entered(cross_entropy, b)) for b in paraphrases[t - back]]
                 grads, values = weight_gradients(self.lm, net, losses + references[t])
                 plan.backward([G + 2 * net.config.reg * S for G, S in zip(grads, plan.shifts, strict=True)])
                 gen.append(_mean(values[: len(paraphrases[t])]))
@@ -262,22 +264,34 @@ class Trainer:
     def _draw(self, step: int, batch: int = 0) -> Draw:
         return draw(self.records, self.config.n_edits, self.config.seed, step * self.config.length + batch)
 
+    def _entered(self, loss: Callable[..., Tensor], batch: TupleBatch, *more: Tensor) -> Callable[[], Tensor]:
+        """A loss of the edited model that starts, where they are known, from the states below the edits."""
+        states = self.states.take(batch) if self.states is not None else None
+        if states is None:
+            return lambda: loss(self.lm, batch, *more)
+
+        def start_above() -> Tensor:
+            with entering(self.lm, self.states.block, states):
+                return loss(self.lm, batch, *more)
+
+        return start_above
+
     def _locality(self, batches: Sequence[TupleBatch]) -> list:
         """(weight, loss) of each batch; for KL the unedited model is read now, or was when the pair came first."""
         weight = self.config.loc_coef
         if not weight:
             return []
         if self.config.locality == "cross_entropy":
-            return [(weight, lambda b=b: cross_entropy(self.lm, b)) for b in batches]
+            return [(weight, self._entered(cross_entropy, b)) for b in batches]
         before = [self._unedited(batch) for batch in batches]
         pairs = zip(batches, before, strict=True)
-        return [(weight, lambda b=b, x=x: kl_divergence(self.lm, b, x)) for b, x in pairs]
+        return [(weight, self._entered(kl_divergence, b, x)) for b, x in pairs]
 
     @torch.no_grad()
     def _unedited(self, batch: TupleBatch) -> Tensor:
         """(answer tokens, vocabulary) log-probabilities; remembered by pair when rows are kept in memory."""
         if not batch.pairs or any(p not in self._before for p in batch.pairs):
-            found = log_softmax(answer_logits(self.lm, batch), -1)
+            found = log_softmax(self._entered(answer_logits, batch)(), -1)
             if self.on_disk or not batch.pairs:
                 return found
             parts = found.split(batch.asked.sum(-1).tolist())
@@ -296,6 +310,8 @@ class Trainer:
             return
         self.rows.clear()
         self._before.clear()
+        if self.states is not None:
+            self.states.clear()
         if not self._stale or now != self._model:
             self._since = len(self.log)
         for step in range(self._since, len(self.log)):
@@ -306,12 +322,18 @@ class Trainer:
         """Read the facts of a former step again, in the same batches: a row's last bits depend on them."""
         if self.on_disk:
             return
-        sequence = isinstance(self.net, RLEdit)
-        for t in range(self.config.length if sequence else 1):
-            seen = self._draw(step, t)
-            if not sequence:
-                self.rows.take(seen.edits)
-            self._locality(encode_pairs(self.lm, seen.unrelated, self.config.batch_size))
+        sequence, size = isinstance(self.net, RLEdit), self.config.batch_size
+        draws = [self._draw(step, t) for t in range(self.config.length if sequence else 1)]
+        paraphrases = [b for d in draws for b in encode_pairs(self.lm, d.paraphrases, size)]
+        unrelated = [b for d in draws for b in encode_pairs(self.lm, d.unrelated, size)]
+        if sequence:
+            self._locality(unrelated)
+        else:
+            self.rows.take(draws[0].edits)
+        for batch in paraphrases:
+            self._entered(cross_entropy, batch)
+        if not sequence:
+            self._locality(unrelated)
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
