@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,9 @@ from hypothesis import strategies as st
 
 from editkit.editors import make_editor
 from editkit.errors import ConfigError, NumericsError
+from editkit.hypernet.data import Draw
+from editkit.hypernet.sites import find_sites
+from editkit.hypernet.strength import drift_at, strength_curve
 from editkit.linear.spread import STRATEGIES, alignment, projection_coefficient, spread
 
 TINY = {"max_examples": 25, "deadline": None}
@@ -364,3 +369,37 @@ def test_a_large_ridge_gives_the_sum_of_rank_one_moves(ridge, seed):
     sigma = float(torch.linalg.matrix_norm(K, 2)) ** 2
     gap = float((ridge * Delta - R @ K.T).norm())
     assert gap <= sigma / (sigma + ridge) * float((R @ K.T).norm()) * (1 + 1e-9)
+
+
+# --- strength
+
+
+def test_strength_curve_scales_one_plan_and_leaves_the_model(tiny_lm):
+    lm = tiny_lm("gpt2")
+    sites = find_sites(lm, [0, 1])
+    g = torch.Generator().manual_seed(0)
+    shifts = [torch.randn(s.m, s.d, dtype=torch.float64, generator=g) for s in sites]
+    asked = Draw(
+        (("The mother tongue of Li is", "French"), ("Hugo Castro plays the", "violin")),
+        (("Li speaks", "French"), ("The music of Hugo Castro is", "violin")),
+        (("The weather was", "fine"), ("Mary lives in", "Rome")),
+    )
+    before = lm.fingerprint()
+    found = strength_curve(lm, sites, shifts, asked, [0.0, 0.5, 1.0])
+    assert lm.fingerprint() == before
+    assert abs(found["drift"][0]) < 1e-12 and (found["drift"][1:] > 0).all()
+    assert found["norm"][2] == pytest.approx(2 * found["norm"][1])
+    twice = strength_curve(lm, sites, [2 * s for s in shifts], asked, [0.5])
+    columns = ["edits", "paraphrases", "unrelated", "edit_nll", "paraphrase_nll", "drift"]
+    assert np.allclose(found.iloc[2][columns].tolist(), twice.iloc[0][columns].tolist(), rtol=1e-5)
+    assert list(twice.columns) == list(found.columns) and set(columns) < set(found.columns)
+
+
+def test_drift_at_equal_success_interpolates():
+    curve = pd.DataFrame(
+        {"scale": [0, 1, 2, 3], "paraphrases": [0.0, 0.4, 0.8, 0.8], "drift": [0.0, 1.0, 3.0, 9.0]}
+    )
+    assert drift_at(curve, 0.6) == pytest.approx(2.0)
+    assert drift_at(curve, 0.0) == 0.0 and math.isnan(drift_at(curve, 0.9))
+    with pytest.raises(ConfigError, match="ascend"):
+        drift_at(curve.iloc[::-1], 0.6)
