@@ -357,6 +357,8 @@ def setup(app: Sphinx) -> dict:
         "provenance": Provenance, "run-results": RunResults, "run-list": RunList,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
+    for more in ("ledger", "apidoc", "theme"):
+        app.setup_extension(more)
     app.connect("builder-inited", load_runs)
     app.connect("builder-inited", copy_mathjax)
     app.connect("build-finished", copy_run_files)

@@ -1,0 +1,99 @@
+"""The whole book as built: strict build, links and anchors, references, alternative texts, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+from whole_book import ROOT, pages, whole_book
+
+pytestmark = pytest.mark.xdist_group("book")
+
+
+@functools.cache
+def parsed():
+    """{path: page} of all built pages; building them is the first test: warnings are errors."""
+    html = whole_book()
+    return {
+        path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        for path in sorted(html.rglob("*.html"))
+        if "_static" not in path.parts
+    }
+
+
+def test_every_page_of_the_contents_is_built_without_a_warning():
+    names = {path.relative_to(whole_book()).with_suffix("").as_posix() for path in parsed()}
+    wanted = {path.relative_to(ROOT / "book").with_suffix("").as_posix() for path in pages(ROOT / "book")}
+    assert wanted <= names and len(names) > 20
+
+
+def test_every_internal_link_and_anchor_resolves():
+    anchors = {
+        path: {tag.get(key) for key in ("id", "name") for tag in page.select(f"[{key}]")}
+        for path, page in parsed().items()
+    }
+    broken = []
+    for path, page in parsed().items():
+        for link in page.select("a[href]"):
+            url = urlsplit(link["href"])
+            if url.scheme or url.netloc or link["href"] in ("#", ""):
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if not target.exists():
+                broken.append(f"{path.name}: {link['href']} is not there")
+            elif url.fragment and target in anchors and unquote(url.fragment) not in anchors[target]:
+                broken.append(f"{path.name}: no anchor {link['href']}")
+    assert not broken, "\n".join(broken[:20])
+
+
+def test_pages_load_nothing_from_other_hosts():
+    for path, page in parsed().items():
+        for tag in page.select("script[src], link[href], img[src], iframe[src], source[src], video[src]"):
+            address = tag.get("src") or tag.get("href")
+            if address.startswith("data:"):
+                continue
+            assert not urlsplit(address).netloc, f"{path.name} loads {address}"
+            assert (path.parent / unquote(urlsplit(address).path)).resolve().exists(), (
+                f"{path.name}: {address}"
+            )
+
+
+def test_every_picture_has_an_alternative_text():
+    for path, page in parsed().items():
+        for picture in page.select("main img"):
+            assert picture.get("alt", "").strip(), f"{path.name}: {picture.get('src')} has no alt text"
+        for picture in page.select("figure svg"):
+            assert picture.get("aria-label", "").strip(), f"{path.name}: a figure has no alt text"
+
+
+def test_no_reference_is_left_in_its_raw_form():
+    """MyST prints a role or directive that it does not know as text."""
+    for path, page in parsed().items():
+        text = page.select_one("main") or page
+        for tag in text.select("pre, code, script"):
+            tag.extract()
+        raw = re.search(
+            r"\{(?:val|doc|ref|numref|eq|term|cite|prf:ref|py:\w+)[\w:]*\}`|\[missing: ", text.get_text()
+        )
+        assert not raw, f"{path.name}: {raw}"
+
+
+def test_headings_have_one_title_and_no_gaps():
+    for path, page in parsed().items():
+        levels = [
+            int(tag.name[1]) for tag in page.select("main article h1, main article h2, main article h3")
+        ]
+        if path.name in ("index.html", "genindex.html", "search.html", "py-modindex.html", "prf-prf.html"):
+            continue
+        assert levels.count(1) == 1, f"{path.name} has {levels.count(1)} titles"
+        assert all(b - a <= 1 for a, b in itertools.pairwise(levels)), f"{path.name}: {levels}"
+
+
+def test_the_search_index_knows_methods_and_terms():
+    index = (whole_book() / "searchindex.js").read_text(encoding="utf-8")
+    for word in ("memit", "alphaedit", "entangl", "make_editor", "second_mo"):
+        assert word in index.lower(), f"search does not find {word}"
