@@ -45,6 +45,13 @@ $$ W + \\Delta = \\operatorname{argmin}_A f(A) $$
 :name: tab-demo
 :columns: method, score
 ```
+
+```{run-explorer} demo:graph
+Facts: nobody's, no licence.
+```
+
+```{run-explorer} elsewhere:curve
+```
 """
 
 
@@ -69,7 +76,8 @@ def sidecar(layout, run, score, **more):
         "tables": {"scores": {"file": "scores.csv", "caption": "Scores.", "fmt": {"score": ".1%"},
                               "columns": ["method", "n", "score"], "rows": 2}},
         "figures": {"curve": {"file": "curve.svg", "data": "curve.data.csv", "caption": "A curve; n = 7.",
-                              "alt": "t"}},
+                              "alt": "t"},
+                    "graph": {"file": "graph.svg", "data": "graph.data.csv", "caption": "A graph.", "alt": "g"}},
         "timings": {"edit": 0.25}, "packages": {"python": "3.11", "torch": "2.0"},
         "hardware": {"processor": "a CPU", "cores": 2, "memory_gib": 4.0, "accelerators": [],
                      "torch_threads": 1, "system": "Linux"},
@@ -86,6 +94,10 @@ def put(folder, content, notebook=None):
     (folder / "scores.csv").write_text("method,n,score\nmemit,1200,0.987\nrome,7,\n")
     (folder / "curve.svg").write_text(SVG)
     (folder / "curve.data.csv").write_text("x\n1\n")
+    (folder / "graph.svg").write_text(SVG)
+    (folder / "graph.data.csv").write_text(
+        "prompt,subject,answer,E to,E\n{} is,A </script>,b,1 2,0.9 0.5\n{} is,C,b,0,0.9\nIs {}?,D,é,,\n"
+    )
     if notebook is not None:
         nbformat.write(notebook, folder / f"{content['run_id']}.ipynb")
 
@@ -134,7 +146,14 @@ def make_project(root):
     put(
         layout.results / "elsewhere",
         sidecar(
-            layout, run, 0.5, alias="elsewhere", run_id="elsewhere-1", title="", values={"seconds": elsewhere}
+            layout,
+            run,
+            0.5,
+            alias="elsewhere",
+            run_id="elsewhere-1",
+            title="",
+            values={"seconds": elsewhere},
+            figures={"curve": {"file": "curve.svg", "data": None, "caption": "A curve.", "alt": "t"}},
         ),
     )
     return layout, study, run
@@ -209,6 +228,19 @@ def test_the_page_of_a_run_says_where_it_comes_from(built):
         assert (built[3] / "runs" / link["href"]).resolve().is_file() or (
             built[3] / link["href"][3:]
         ).is_file()
+
+
+def test_a_graph_can_be_explored_without_network(built):
+    page = soup(built[3], "intro.html")
+    [script] = page.select("script[data-explorer]")
+    assert page.find(id=script["data-explorer"], class_="ek-explorer").noscript
+    code = (built[3] / script["src"]).read_text(encoding="utf-8")
+    data = json.loads(code[code.rindex("exploreGraph(") + len("exploreGraph(") : code.rindex(");")])
+    assert data["subjects"] == ["A </script>", "C", "D"] and data["answers"] == ["b", "é"]
+    assert [s["name"] for s in data["scores"]] == ["E"] and data["note"] == "Facts: nobody's, no licence."
+    assert "runs/demo/graph.data.csv" in {a["href"] for a in page.select("p.ek-explorer-source a")}
+    assert "made from the full results of the run" in page.select_one("div.admonition.note").get_text()
+    assert "fetch(" not in code and "http" not in code
 
 
 def test_every_local_link_and_anchor_resolves(built):

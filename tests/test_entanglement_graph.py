@@ -1,5 +1,7 @@
 """The graph: equal to all pairs by brute force, resumable to the same bytes, refused where it does not fit."""
 
+import base64
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -17,6 +19,7 @@ from editkit.entanglement.graph_statistics import (
     clustering,
     describe,
     edge_examples,
+    explorer_frame,
     hubs,
     labels,
     neighborhood_overlap,
@@ -408,3 +411,48 @@ def test_benchmark_of_all_pairs():
     assert found["edges"]["top_k"] == 1200 and found["pairs"] == 300 * 299 // 2
     assert found["edges"]["threshold"] == pytest.approx(0.005 * 300 * 299, rel=0.3)
     assert set(found["ratio"]["wall"]) == set(found["ratio"]["processor"]) == {"top_k", "threshold"}
+
+
+def test_explorer_frame(tmp_path, H, corpus):
+    graph = build_graph(tmp_path / "g", cosine(H), facts=corpus, top_k=5)
+    frame = explorer_frame({"cosine": graph}, corpus, k=3)
+    assert list(frame.columns) == ["prompt", "subject", "answer", "cosine to", "cosine"] and len(frame) == N
+    ends, weights = graph.neighbors(7, 3)
+    assert [int(x) for x in frame["cosine to"][7].split()] == ends.tolist()
+    assert [float(x) for x in frame["cosine"][7].split()] == pytest.approx(weights.tolist(), abs=1e-3)
+
+
+def test_payload_of_the_explorer(tmp_path, H, corpus, monkeypatch):
+    """The book packs what explorer_frame gives; numbers survive up to the 255 steps of a score."""
+    folder = Path(__file__).parents[1] / "book" / "_ext"
+    if not folder.is_dir():
+        pytest.skip("the book is not part of this installation")
+    monkeypatch.syspath_prepend(str(folder))
+    packed = importlib.import_module("companion_explorer").packed
+    short = build_graph(tmp_path / "t", cosine(H), facts=corpus, threshold=0.7)
+    long = build_graph(tmp_path / "g", cosine(H), facts=corpus, top_k=5)
+    rows = explorer_frame({"long": long, "short": short}, corpus, k=4).to_dict("records")
+    data = packed(rows)
+    part = np.frombuffer(base64.b64decode(data["facts"]), "<u2").reshape(N, 3)
+    fact = corpus[9]
+    assert (data["prompts"][part[9, 0]], data["subjects"][part[9, 1]], data["answers"][part[9, 2]]) == (
+        fact.prompt, fact.subject, fact.target
+    )  # fmt: skip
+    for score, graph in zip(data["scores"], (long, short)):
+        to = np.frombuffer(base64.b64decode(score["to"]), "<u2").reshape(N, score["k"])
+        strength = np.frombuffer(base64.b64decode(score["strength"]), "u1").reshape(N, score["k"])
+        for i in range(N):
+            ends, weights = graph.neighbors(i, score["k"])
+            assert to[i, : len(ends)].tolist() == ends.tolist() and (to[i, len(ends) :] == 0xFFFF).all()
+            found = score["low"] + strength[i, : len(ends)] / 255 * (score["high"] - score["low"])
+            assert np.allclose(found, weights, atol=2e-3)
+    plain = {part: rows[0][part] for part in ("prompt", "subject", "answer")}
+    for bad, match in (
+        ([], "rows"),
+        ([{"prompt": "x"}], "columns"),
+        ([plain], "no score"),
+        ([{**rows[0], "long to": "99 1 2 3"}], "no row"),
+        ([{**rows[0], "long": "0.5"}], "as many"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            packed(bad)

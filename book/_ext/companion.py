@@ -12,6 +12,7 @@ Roles and directives read the sidecars that `editkit book` stages beside the pag
     ```{run-table} alias:name        a numbered table
     ```{run-parameters} alias        the parameters of a run     ```{provenance} alias   where it comes from
     ```{run-results} alias           everything a run recorded   ```{run-list}           all runs of the book
+    ```{run-explorer} alias:name     a figure's graph data, to be searched (companion_explorer.py)
 
 Whatever is missing is a warning, and the book is built with warnings as errors.
 """
@@ -351,10 +352,12 @@ def copy_run_files(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict:
+    from companion_explorer import RunExplorer  # built on Base, so it is imported late
+
     app.add_role("val", Val())
     for name, directive in {
         "run-figure": RunFigure, "run-table": RunTable, "run-parameters": RunParameters,
-        "provenance": Provenance, "run-results": RunResults, "run-list": RunList,
+        "provenance": Provenance, "run-results": RunResults, "run-list": RunList, "run-explorer": RunExplorer,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
     for more in ("ledger", "apidoc", "theme"):

@@ -228,3 +228,21 @@ def edge_examples(
                 "fact": facts[i].text, "neighbor": facts[j].text, "answer": facts[j].target, "score": float(w)
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def explorer_frame(
+    graphs: dict[str, EntanglementGraph], facts: Sequence[Fact], k: int = 8, digits: int = 3
+) -> pd.DataFrame:
+    """The data of the book's graph explorer: one row per fact with its k strongest edges in every graph.
+
+    Columns prompt, subject, answer, and per graph "<name> to" (row numbers) and "<name>" (scores), separated by
+    blanks. Raises DataError for graphs of other facts.
+    """
+    columns = {"prompt": [f.prompt for f in facts], "subject": [f.subject for f in facts],
+               "answer": [f.target for f in facts]}  # fmt: skip
+    for name, graph in graphs.items():
+        graph.check(facts=facts)
+        near = [graph.neighbors(i, k) for i in range(graph.n)]
+        columns[f"{name} to"] = [" ".join(map(str, ends)) for ends, _ in near]
+        columns[name] = [" ".join(f"{w:.{digits}f}" for w in weights) for _, weights in near]
+    return pd.DataFrame(columns)
