@@ -7,6 +7,16 @@ editor.save("facts.safetensors")  # open_memory("facts.safetensors", lm) takes i
 """
 
 from .base import MemoryEdit, MemoryEditor, open_memory
+from .defer import DEFER
+from .grace import GRACE
+from .in_context import InContext
+from .loka import LOKA
 from .memoir import Memoir
+from .precedents import GPM, PackNet, SparCL, SupSup
+from .retrieval import Retrieval
+from .wise import WISE
 
-__all__ = ["Memoir", "MemoryEdit", "MemoryEditor", "open_memory"]
+__all__ = [
+    "DEFER", "GPM", "GRACE", "LOKA", "WISE", "InContext", "Memoir", "MemoryEdit", "MemoryEditor", "PackNet", "Retrieval",
+    "SparCL", "SupSup", "open_memory",
+]  # fmt: skip

@@ -17,6 +17,7 @@ from ..errors import NumericsError
 Expand = Literal["coverage", "moving_average"]
 Match = Literal["answer", "released"]
 Place = Literal["new", "split", "replaced", "expanded", "inside"]
+_SAME = 1e-5  # relative distance below which two queries are one: rounding depends on a batch's width
 _GAP = 1e-5  # the older entry's radius after a split, so that the two balls do not touch (released code)
 
 
@@ -89,7 +90,8 @@ class Codebook:
         if distance > self.radius + self.radii[near]:
             return self._append(query, value, label), "new"
         if not self._same(label, near):
-            if distance == 0 and self.match == "answer":
+            same_place = distance <= _SAME * (1 + query.norm())
+            if same_place and self.match == "answer":
                 self.values[near], self.labels[near] = value.detach().to(self.values), label
                 return near, "replaced"
             new = self._append(query, value, label)
