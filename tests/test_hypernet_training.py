@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -26,7 +28,10 @@ from editkit.hypernet import (
     records_of,
 )
 from editkit.hypernet.cache import bytes_needed, check_memory
+from editkit.hypernet.costs import KINDS, PublishedHORSE, peak_memory, speed_up, step_times
 from editkit.hypernet.data import answer_logits, draw
+from editkit.hypernet.horse import HORSE as HorseNet
+from editkit.hypernet.horse import RELEASED
 from editkit.hypernet.network import load_hypernetwork
 from editkit.hypernet.prefix import StateMemory, entering
 from editkit.hypernet.sites import edited, find_sites
@@ -392,7 +397,7 @@ def test_gain_is_paired_by_fact():
 
     rows = pd.DataFrame(
         [
-            {"method": m, "seed": s, "fact_id": f, "protocol": "rome_zsre", "axis": a, "success": v}
+            {"editor": m, "seed": s, "fact_id": f, "protocol": "rome_zsre", "axis": a, "success": v}
             for s in (0, 1)
             for f in "abc"
             for m, v in (("horse", 0.9), ("mend", 0.5), ("malmen", 0.7))
@@ -404,3 +409,41 @@ def test_gain_is_paired_by_fact():
     with pytest.raises(ConfigError, match="memit"):
         gain(rows, "rome_zsre", "horse", ["memit"], "average")
     assert [g["points"] for g in published()["gains"]] == [6.26, 10.12]
+    tie = gain(rows.assign(success=0.5), "rome_zsre", "horse", ["mend"], "average")
+    assert tie.mean == 0 and tie.lo == -tie.hi < 0
+
+
+def test_published_order_of_work_computes_the_same(records):
+    lm = make_lm("llama")
+    options = {"rank": 3, "lr": 0.05, **RELEASED}
+    trained = []
+    for cls in (HorseNet, PublishedHORSE):
+        trainer = Trainer(lm, cls(lm, options, layers=[0, 1]), records, {**STEP, "n_edits": 3})
+        trainer.optimizer.zero_grad(set_to_none=True)
+        seen = trainer._draw(0)
+        batches = [encode_pairs(lm, p, 2) for p in (seen.paraphrases, seen.unrelated)]
+        trainer.accumulate(trainer.rows.take(seen.edits), *batches)
+        trained.append({k: p.grad for k, p in trainer.net.named_parameters() if p.grad is not None})
+    assert trained[0].keys() == trained[1].keys()
+    for name, grad in trained[0].items():
+        torch.testing.assert_close(trained[1][name], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+
+
+def test_step_times_cover_every_kind(records):
+    lm = make_lm(n_layers=3)
+    before = state_of(lm)
+    times = step_times(lm, records, [1, 2], 2, rounds=1, network={"rank": 2})
+    assert list(times["kind"]) == list(KINDS) and (times[["seconds", "processor"]] > 0).all().all()
+    held = times.set_index("kind")["held"]
+    assert held["files"] == held["published"] == 0 < held["memory, known facts"]
+    assert speed_up(times, "files", "files") == 1.0 and same(before, state_of(lm))
+    with pytest.raises(ConfigError, match="kind"):
+        step_times(lm, records, [1], 2, kinds=["tape"])
+
+
+def test_peak_memory_sees_a_large_tensor():
+    found = {}
+    with peak_memory(found):
+        kept = torch.ones(4_000_000, dtype=torch.float64)
+        time.sleep(0.02)
+    assert np.isnan(found["peak"]) or found["peak"] > 0.8 * 8 * len(kept)

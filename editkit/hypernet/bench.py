@@ -6,6 +6,7 @@ What the HORSE notebooks call. Steps sizes were chosen by a small sweep on other
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from torch import Tensor
 
 from ..config import check_known
 from ..errors import ConfigError
@@ -136,9 +138,19 @@ def edit_and_score(
 
 
 def make_any_editor(
-    lm: LM, method: str, trained: Hypernetwork | None, statistics: Mapping[int, Any] | None, **options
+    lm: LM,
+    method: str,
+    trained: Hypernetwork | None,
+    statistics: Mapping[int, Any] | None,
+    *,
+    targets: dict[str, Tensor] | None = None,
+    **options,
 ) -> Editor:
-    """The editor of a method: a trained hypernetwork's, or a locate-then-edit one at the model's preset."""
+    """The editor of a method: a trained hypernetwork's, or a locate-then-edit one at the model's preset.
+
+    targets: an empty dictionary for one list of facts and the unedited model. The first locate-then-edit
+        method leaves its targets there, the next ones, whose targets are the same, take them.
+    """
     from ..editors import EDITORS, make_editor
     from ..world import testbed
 
@@ -147,27 +159,42 @@ def make_any_editor(
             raise ConfigError(f"{method} needs its trained hypernetwork")
         return EDITORS[method](lm, options, hypernetwork=trained)
     name, own = testbed.METHODS.get(method, (method, {}))
-    return make_editor(name, lm, statistics=statistics, **{**testbed.preset(lm, method), **own, **options})
+    settings = {**testbed.preset(lm, method), **own, **options}
+
+    def keep(key: str, value: Tensor) -> None:
+        if key == "z" and targets is not None:
+            targets.setdefault(key, value)
+
+    made = make_editor(name, lm, statistics=statistics, record=keep, **settings)
+    if targets and "z" in targets:
+        made.targets = lambda facts: targets["z"]  # replaces this one step of the pipeline, in this instance
+    return made
 
 
 def units(rows: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """One row per method, seed and fact: the mean on each axis of the protocol, and their mean "average"."""
     part = rows[(rows["protocol"] == protocol) & rows["axis"].isin(AXES[protocol])]
     table = part.pivot_table(
-        index=["method", "seed", "fact_id"], columns="axis", values="success", aggfunc="mean"
+        index=["editor", "seed", "fact_id"], columns="axis", values="success", aggfunc="mean"
     )
     table["average"] = table[list(AXES[protocol])].mean(axis=1)
     return table.reset_index()
 
 
 def gain(rows: pd.DataFrame, protocol: str, method: str, others: Sequence[str], column: str) -> Interval:
-    """Mean over facts of (method - mean of the others) in a column of `units`; facts resampled inside seeds."""
-    table = units(rows, protocol).pivot(index=["seed", "fact_id"], columns="method", values=column)
+    """Mean over facts of (method - mean of the others) in a column of `units`; facts resampled inside seeds.
+
+    Where no fact differs, the interval is +- the exact binomial bound on the share of facts that would.
+    """
+    table = units(rows, protocol).pivot(index=["seed", "fact_id"], columns="editor", values=column)
     missing = [m for m in (method, *others) if m not in table]
     if missing:
         raise ConfigError(f"the scores hold no method {missing[0]!r}")
     difference = table[method] - table[list(others)].mean(axis=1)
-    return bootstrap_mean(difference.to_numpy(), difference.index.get_level_values("seed").to_numpy())
+    found = bootstrap_mean(difference.to_numpy(), difference.index.get_level_values("seed").to_numpy())
+    if not difference.any():
+        return dataclasses.replace(found, lo=-found.hi)
+    return found
 
 
 def published() -> dict[str, Any]:

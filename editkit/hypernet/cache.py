@@ -102,6 +102,10 @@ class RowMemory:
         """Forget everything: the model has changed."""
         self._rows.clear()
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept."""
+        return [t for _, keys, grads in self._rows.values() for t in (*keys, *grads)]
+
     def take(self, pairs: Sequence[Pair]) -> EditRows:
         """Rows of all pairs, longest first as in `RowFiles`; those of unknown pairs are computed now."""
         self.fill([p for p in dict.fromkeys(pairs) if p not in self._rows])

@@ -66,6 +66,10 @@ class StateMemory:
         """Forget everything: the model has changed."""
         self._states.clear()
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept."""
+        return list(self._states.values())
+
     @torch.no_grad()
     def take(self, batch: TupleBatch) -> Tensor | None:
         """States (rows, width, m) of a batch; None if there is nothing to skip or the batch has no texts."""

@@ -308,18 +308,29 @@ class Trainer:
         now = self.lm.fingerprint()
         if now == self._model and not self._stale:
             return
+        self.forget()
+        if not self._stale or now != self._model:
+            self._since = len(self.log)
+        for step in range(self._since, len(self.log)):
+            self.remember(step)
+        self._model, self._stale = now, False
+
+    def forget(self) -> None:
+        """Empty the memory of rows, states and unedited answers."""
         self.rows.clear()
         self._before.clear()
         if self.states is not None:
             self.states.clear()
-        if not self._stale or now != self._model:
-            self._since = len(self.log)
-        for step in range(self._since, len(self.log)):
-            self._remember(step)
-        self._model, self._stale = now, False
 
-    def _remember(self, step: int) -> None:
-        """Read the facts of a former step again, in the same batches: a row's last bits depend on them."""
+    def held(self) -> int:
+        """Bytes that rows, states and unedited answers take in memory (0 for rows on disk)."""
+        kept = list(self._before.values())
+        if not self.on_disk:
+            kept += self.rows.tensors() + self.states.tensors()
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    def remember(self, step: int) -> None:
+        """Read the facts of a step into memory, in the batches of that step: a row's last bits depend on them."""
         if self.on_disk:
             return
         sequence, size = isinstance(self.net, RLEdit), self.config.batch_size
