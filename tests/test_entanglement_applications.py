@@ -349,3 +349,22 @@ def test_recall_curves():
     assert ((curves["lo"] <= curves["recall"] + 1e-12) & (curves["recall"] <= curves["hi"] + 1e-12)).all()
     with pytest.raises(RequestError, match="no fact changed"):
         recall_curves({"x": shift}, np.zeros((12, 60), dtype=bool))
+
+
+def test_what_a_preserved_fact_does_to_the_others():
+    """Proposition of book/clare/applications.md: ripple of one edit with one preserved key, for any other key."""
+    draw = torch.Generator().manual_seed(3)
+    X = torch.randn(8, 30, dtype=torch.float64, generator=draw)
+    C, lam, mu = X @ X.T / 30, 2.0, 5.0
+    k_i, k_p, k_j, r = (torch.randn(n, 1, dtype=torch.float64, generator=draw) for n in (8, 8, 8, 4))
+
+    def s(a, b):
+        return float(a.T @ torch.linalg.solve(lam * C, b))
+
+    def s_new(a, b):
+        return s(a, b) - mu * s(a, k_p) * s(k_p, b) / (1 + mu * s(k_p, k_p))
+
+    delta = memit_update(k_i, r, C, lam, mu * k_p @ k_p.T)
+    for k in (k_i, k_j, k_p):
+        assert torch.allclose(delta @ k, r * s_new(k_i, k) / (1 + s_new(k_i, k_i)))
+    assert s_new(k_i, k_p) == pytest.approx(s(k_i, k_p) / (1 + mu * s(k_p, k_p)))

@@ -1,6 +1,7 @@
 """The graph explorer: a figure's data becomes a page that can be searched in the browser, without network.
 
     ```{run-explorer} alias:name      name: a figure of the run whose data has one row per fact
+    :start: happy performed           words of the fact that is shown first (optional)
 
 Columns of the data: prompt (template with {}), subject, answer, and for every score X the columns "X to" and
 "X": row numbers of the strongest neighbours and their scores, separated by blanks, strong to weak. Notebooks
@@ -15,9 +16,11 @@ import csv
 import json
 import struct
 from pathlib import Path
+from typing import ClassVar
 
 from companion import Base, place
 from docutils import nodes
+from docutils.parsers.rst import directives
 
 from editkit.runs.quote import Lookup
 
@@ -67,6 +70,7 @@ def _base64(kind: str, values: list[int]) -> str:
 class RunExplorer(Base):
     """The explorer of a figure's data; content: one line on where the facts come from."""
 
+    option_spec: ClassVar = {"start": directives.unchanged}
     has_content = True
 
     def build(self) -> list[nodes.Node]:
@@ -80,7 +84,7 @@ class RunExplorer(Base):
             data = packed(rows)
         except (ValueError, struct.error) as error:
             raise Lookup(f"{self.arguments[0]} cannot be explored: {error}") from error
-        data["note"] = " ".join(self.content)
+        data |= {"note": " ".join(self.content), "start": self.options.get("start", "")}
         name = f"{record['file'].removesuffix('.svg')}.explorer.js"
         self.write(Path(self.env.app.outdir) / place(alias, which) / name, data)
         box = f"ek-explorer-{self.env.new_serialno('explorer')}"

@@ -148,7 +148,6 @@ function exploreGraph(data) {
 
   field.addEventListener("input", search);
   select.addEventListener("change", () => { chosen = Number(select.value); show(current); });
-  const wanted = new URLSearchParams(location.search).get("fact");
-  const start = wanted === null ? 0 : index.findIndex((t) => folded(wanted).split(/\s+/).every((w) => t.includes(w)));
-  show(Math.max(start, 0));
+  const wanted = folded(new URLSearchParams(location.search).get("fact") || data.start || "").split(/\s+/);
+  show(Math.max(index.findIndex((t) => wanted.every((w) => t.includes(w))), 0));
 }
