@@ -117,8 +117,14 @@ def agreement(
         pooled(everything), float(ci.low), float(ci.high), float(rows.mean()) if len(rows) else np.nan, *row_ci,
         float(np.nanmean(columns)) if not np.isnan(columns).all() else np.nan,
         _permutation(S, R, n_permutations, rng), n_edits, len(x),
-        tuple(float(stats.spearmanr(s.reshape(-1), r.reshape(-1)).statistic) for s, r in zip(S, R, strict=True)),
+        tuple(pooled_spearman([s], [r]) for s, r in zip(S, R, strict=True)),
     )  # fmt: skip
+
+
+def pooled_spearman(scores: Tables, ripple: Tables) -> float:
+    """Spearman over all (edit, probe) pairs; NaN if one side is constant."""
+    x, y = (np.concatenate([t.reshape(-1) for t in _tables(T)]) for T in (scores, ripple))
+    return weighted_spearman(x, y, np.ones(len(x)))
 
 
 def _tables(tables: Tables) -> list[np.ndarray]:
@@ -130,8 +136,8 @@ def _tables(tables: Tables) -> list[np.ndarray]:
 
 
 def _mean_interval(values: np.ndarray, n_boot: int, rng: np.random.Generator) -> tuple[float, float]:
-    if len(values) < 2:
-        return np.nan, np.nan
+    if len(values) < 2 or np.ptp(values) == 0:
+        return (float(values[0]),) * 2 if len(values) > 1 else (np.nan, np.nan)
     ci = stats.bootstrap(
         (values,), np.mean, n_resamples=n_boot, vectorized=True, method="percentile", rng=rng
     ).confidence_interval

@@ -77,15 +77,19 @@ class Sketch:
         sign = torch.randint(2, (n,), generator=draw, dtype=torch.int8) * 2 - 1
         return index, sign
 
-    def apply(self, gradient: Tensor, plan: tuple[Tensor, Tensor]) -> Tensor:
-        """(n,) -> (width,)."""
-        index, sign = (x.to(gradient.device) for x in plan)
-        return gradient.new_zeros(self.width).index_add_(0, index, gradient * sign)
+    def apply(self, parts: Sequence[Tensor], plan: tuple[Tensor, Tensor]) -> Tensor:
+        """Parts of a vector, in order, n numbers in all -> (width,)."""
+        out, start = parts[0].new_zeros(self.width), 0
+        for part in parts:
+            index, sign = (x[start : start + part.numel()].to(out.device) for x in plan)
+            out.index_add_(0, index, part.to(out.device) * sign)
+            start += part.numel()
+        return out
 
 
 @torch.enable_grad()
-def _gradients(lm: LM, facts: Sequence[Fact], names: Sequence[str]) -> Iterator[Tensor]:
-    """The gradient of each fact's summed NLL, flat, in the model's dtype or float32 if that is longer."""
+def _gradients(lm: LM, facts: Sequence[Fact], names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """The gradient of each fact's summed NLL, float32, one flat part per parameter; never two at a time."""
     params = [lm.parameter(name) for name in names]
     rows = encode_targets(lm, facts, ContextTemplates(), token="last")
     last = lm.block_name(lm.n_layers - 1)
@@ -100,9 +104,14 @@ def _gradients(lm: LM, facts: Sequence[Fact], names: Sequence[str]) -> Iterator[
             logits = lm.head(seen.output[last][row, column])
             said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
             loss = -said.gather(-1, token[:, None].to(said.device)).sum()
-            parts = torch.autograd.grad(loss, params, allow_unused=True)
-            flat = [torch.zeros_like(p) if g is None else g for g, p in zip(parts, params, strict=True)]
-            yield torch.cat([g.detach().reshape(-1).to(flat[0].device).float() for g in flat])
+            found = torch.autograd.grad(loss, params, allow_unused=True)
+            parts = [
+                (torch.zeros_like(p) if g is None else g).detach().reshape(-1).float()
+                for g, p in zip(found, params, strict=True)
+            ]
+            del found, loss, logits, said, seen
+            yield parts
+            del parts
 
 
 def gradients(
@@ -124,11 +133,23 @@ def gradients(
     plan = sketch.plan(size) if sketch else None
     out = torch.empty(len(facts), sketch.width if sketch else size)
     found = _gradients(lm, facts, names)
-    for i, g in enumerate(bar(found, f"gradients of {len(facts)} facts", total=len(facts), unit="fact")):
-        out[i] = sketch.apply(g, plan) if sketch else g
+    # Asked for one by one: a bar around the generator would hold on to the last gradient while the next is made.
+    for i in bar(range(len(facts)), f"gradients of {len(facts)} facts", unit="fact"):
+        parts = next(found)
+        if sketch:
+            out[i] = sketch.apply(parts, plan)
+            continue
+        for part, where in zip(parts, _slices(parts), strict=True):
+            out[i, where] = part
+        del parts, part  # before the next one is made
     if not torch.isfinite(out).all():
         raise NumericsError("a gradient has NaN or Inf; load the model in float32")
     return out
+
+
+def _slices(parts: Sequence[Tensor]) -> list[slice]:
+    ends = np.cumsum([part.numel() for part in parts]).tolist()
+    return [slice(end - part.numel(), end) for end, part in zip(ends, parts, strict=True)]
 
 
 def gradsim(
@@ -161,10 +182,13 @@ def gradsim(
         G = gradients(lm, edits[start : start + held], params=names)
         norms = G.norm(dim=-1)
         found = _gradients(lm, probes, names)
-        for j, g in enumerate(
-            bar(found, f"gradients of {len(probes)} probes", total=len(probes), unit="fact")
-        ):
-            out[start : start + held, j] = ((G @ g) / (norms * g.norm())).numpy()
+        label = f"gradients of {len(probes)} probes"
+        for j in bar(range(len(probes)), label, unit="fact"):
+            parts = next(found)
+            products = sum(G[:, w] @ part.to(G.device) for part, w in zip(parts, _slices(parts), strict=True))
+            norm = torch.stack([part.norm() for part in parts]).norm().to(G.device)
+            out[start : start + held, j] = (products / (norms * norm)).numpy()
+            del parts
     if not np.isfinite(out).all():
         raise NumericsError("a gradient is zero, NaN or Inf; load the model in float32")
     return out

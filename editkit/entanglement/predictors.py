@@ -22,7 +22,7 @@ from .plans import plan_edits, probe_representations
 from .representations import represent_many
 from .similarity import centered_cosine, cosine, whitened
 
-Needs = Literal["nothing", "forward", "backward per fact", "backward per edit", "targets"]
+Needs = Literal["nothing", "forward", "backward per fact", "backward per edit", "targets", "update"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ PREDICTORS: dict[str, Predictor] = {
     "whitened-readout": Predictor("whitened + read-out", "forward", True),
     "whitened-gradient": Predictor("whitened + one gradient", "backward per edit", True),
     "whitened-targets": Predictor("whitened + targets", "targets", True),
+    "written": Predictor("solved update", "update", True),
 }
 
 
@@ -100,13 +101,14 @@ def editor_scores(
     residuals: Tensor | None = None,
     representations: tuple[Mapping[int, Tensor], Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Tables of the predictors in `names` that follow an editor; others are passed over.
+    """Tables of the predictors in `names` that follow an editor; others are passed over,
+    also "written", which needs the updates themselves (`plans.delta_shift`).
 
     residuals: (m, n) z - h of the edits, needed by "whitened-targets" (passed over without them).
     representations: `probe_representations` of the probes at the editor's layers, if at hand.
     """
     check_known(names, PREDICTORS, "predictor")
-    wanted = [name for name in names if PREDICTORS[name].per_editor]
+    wanted = [name for name in names if PREDICTORS[name].per_editor and name != "written"]
     lm, cfg = editor.lm, editor.config
     found: dict[str, np.ndarray] = {}
     if not wanted:

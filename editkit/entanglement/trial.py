@@ -14,6 +14,7 @@ from scipy import stats
 from ..config import check_known
 from ..corpora import clare
 from ..editors import EDITORS, make_editor
+from ..editors.delta import Delta
 from ..editors.locate_then_edit import LocateEditor
 from ..errors import DataError
 from ..facts import Fact
@@ -22,6 +23,7 @@ from ..models import LM
 from ..statistics import Covariance
 from ..world import World, edit_facts, load_world, testbed
 from ..world.consequences import changes
+from .plans import delta_shift, probe_representations
 from .predictors import editor_scores, shared_scores
 from .ripple import Ripple, SharedTargets, Watch, choose, measure
 
@@ -139,12 +141,19 @@ class Trial:
 
     def run(self, arm: str, names: Sequence[str] = ()) -> tuple[Ripple, dict[str, np.ndarray]]:
         """Predict first, then edit and measure: the ripples of an arm and the tables of its own predictors."""
-        editor = self.setting.editor(arm)
-        needs_targets = "whitened-targets" in names
-        residuals = self.targets.residuals(editor) if needs_targets else None
-        tables = editor_scores(editor, self.edits, self.probes, names, residuals=residuals)
+        editor, lm = self.setting.editor(arm), self.setting.lm
+        layers = editor.config.layers
+        keys, scale = probe_representations(lm, self.probes, layers, editor.config.token)
+        residuals = self.targets.residuals(editor) if "whitened-targets" in names else None
+        tables = editor_scores(
+            editor, self.edits, self.probes, names, residuals=residuals, representations=(keys, scale)
+        )
         self.targets.give(editor)
-        return measure(editor, self.edits, self.watch(min(editor.config.layers))), tables
+        deltas: list[Delta] = []
+        found = measure(editor, self.edits, self.watch(min(layers)), keep=deltas)
+        if "written" in names:
+            tables["written"] = np.stack([delta_shift(lm, delta, keys, scale) for delta in deltas])
+        return found, tables
 
 
 def known_facts(lm: LM, facts: Sequence[Fact], n: int) -> list[Fact]:
