@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +141,11 @@ def test_a_preset_of_another_model_is_refused():
 def test_shapes_of_the_real_models_differ():
     assert len({p.shape for p in presets().values()}) == len(presets())
     assert dataclasses.asdict(find("GPT-J-6B"))["d_key"] == 16384
+
+
+def test_the_page_shows_what_the_package_has():
+    tool = Path(__file__).parents[1] / "tools" / "presets_page.py"
+    if not tool.is_file():
+        pytest.skip("the book is not part of this installation")
+    module = runpy.run_path(str(tool))
+    assert module["PAGE"].read_text(encoding="utf-8") == module["page"](), "run python tools/presets_page.py"
