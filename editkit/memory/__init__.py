@@ -17,6 +17,6 @@ from .retrieval import Retrieval
 from .wise import WISE
 
 __all__ = [
-    "DEFER", "GPM", "GRACE", "LOKA", "WISE", "InContext", "Memoir", "MemoryEdit", "MemoryEditor", "PackNet", "Retrieval",
-    "SparCL", "SupSup", "open_memory",
+    "DEFER", "GPM", "GRACE", "LOKA", "WISE", "InContext", "Memoir", "MemoryEdit", "MemoryEditor", "PackNet",
+    "Retrieval", "SparCL", "SupSup", "open_memory",
 ]  # fmt: skip

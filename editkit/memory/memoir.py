@@ -171,7 +171,7 @@ class Memoir(MemoryEditor):
         query = self.query(state.mean(x), state)
         found = self._find(query)
         rows = found.active.nonzero()[:, 0]
-        masks = query[rows] if self.config.activation == "own" else self.masks.masks(found.index[rows])
+        masks = query[rows] if self.config.activation == "own" else self.columns(found.index[rows])
         return Route(found, rows, masks.to(self.weight))
 
     def read(self, name: str, x: Tensor, out: Tensor, state: PromptState) -> Tensor | None:
@@ -186,6 +186,10 @@ class Memoir(MemoryEditor):
     def recall(self, x: Tensor, route: Route) -> Tensor:
         """Wm (M o a_t) of the active rows: (a, t, d) -> (a, t, m)."""
         return torch.nn.functional.linear(x * route.masks[:, None], self.weight)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Columns (a, d) bool that are read for the stored masks `index` (a,)."""
+        return self.masks.masks(index)
 
     def query(self, features: Tensor, state: PromptState) -> Tensor:
         """Masks (b, d) of the prompts' mean features."""

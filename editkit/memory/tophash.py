@@ -71,19 +71,28 @@ def random_masks(prompts: Sequence[Sequence[int]], d: int, k: int, seed: int) ->
     return masks
 
 
-@torch.no_grad()
 def mean_features(lm: LM, layer: int, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
     """Mean input of the layer's down projection over the tokens of each text, BOS included: (n, d).
 
     In at least float32. The forward pass ends at that layer.
     """
-    name = lm.down_name(layer)
-    rows = []
+    return mean_features_of(lm, [layer], texts, batch_size=batch_size)[layer]
+
+
+@torch.no_grad()
+def mean_features_of(
+    lm: LM, layers: Sequence[int], texts: Sequence[str], *, batch_size: int = 64
+) -> dict[int, Tensor]:
+    """`mean_features` of several layers in one pass."""
+    names = {layer: lm.down_name(layer) for layer in layers}
+    last = names[max(layers)]
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for i in bar(range(0, len(texts), batch_size), "features of prompts", unit="batch"):
         encoding = lm.encode(texts[i : i + batch_size])
-        with trace(lm.model, [name], inputs=True, outputs=False, stop_at=name) as seen:
+        with trace(lm.model, names.values(), inputs=True, outputs=False, stop_at=last) as seen:
             lm.forward(encoding)
         real = encoding.attention_mask.bool()
         state = PromptState(real, real, encoding.lengths, encoding.input_ids, prefill=True)
-        rows.append(state.mean(seen.input[name]))
-    return torch.cat(rows)
+        for layer, name in names.items():
+            rows[layer].append(state.mean(seen.input[name]))
+    return {layer: torch.cat(found) for layer, found in rows.items()}
