@@ -7,7 +7,9 @@ one partial forward pass each.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,8 +26,9 @@ from .tophash import TopHash, draw_permutation, mean_features_of
 
 # name on the pages -> probes of a fact
 GROUPS = ("edit prompt", "rephrase", "same subject", "neighbor", "unrelated fact")
-# Where the companion carries its memory and from which overlap on it is used (notebooks/memoir_routing.ipynb).
-COMPANION = {"layer": 3, "threshold": 0.6}
+# For the companion: the last of the layers that interchange finds the facts in, and the threshold that about 5 % of its
+# unrelated prompts reach with 20 edits stored (notebooks/memoir_routing.ipynb); it has to rise with the number of edits.
+COMPANION = {"layer": 3, "threshold": 0.64}
 SCORED = ("efficacy", "paraphrase", "locality", "neighborhood", "same_subject")
 
 
@@ -129,3 +132,9 @@ def _has(facts: Sequence[Fact], axis: str) -> bool:
     return axis == "efficacy" or any(
         getattr(f, "paraphrases" if axis == "paraphrase" else axis) for f in facts
     )
+
+
+def published(table: str) -> tuple[pd.DataFrame, str]:
+    """The paper's own figures as printed ("ablation" or "main") and where they come from; shares, not percent."""
+    found = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))[table]
+    return pd.DataFrame(found["rows"], columns=found["columns"]), found["source"]
