@@ -90,11 +90,30 @@ def test_an_alias_is_made_from_notebook_and_grid(project):
         (ENTRY + "    alias: demo\n    grid: {n: [1, 2]}\n", "share the alias 'demo'"),
         (ENTRY + "    alias: demo-{seed}\n", "not a parameter"),
         (ENTRY + "    alias: ../up\n", "lower case"),
+        (ENTRY + "include: other.yaml\n", "list of study files"),
+        (ENTRY + "include: [default.yaml]\n", "includes itself"),
+        (ENTRY + "include: [absent.yaml]\n", "cannot read the study"),
     ],
 )
 def test_mistakes_in_study_files_are_named(project, text, message):
     with pytest.raises(ConfigError, match=message):
         project(text)
+
+
+def test_included_studies_lend_their_runs(project):
+    folder = project.root / "studies"
+    (folder / "other.yaml").write_text(ENTRY + "    alias: other\n    parameters: {n: 5}\n")
+    study = project(ENTRY + "    alias: own\ninclude: [other.yaml]\n", {"rate": 0.1})
+    assert [(r.alias, r.study, r.parameters) for r in study.runs] == [
+        ("own", "default", {"rate": 0.1}), ("other", "default", {"n": 5, "rate": 0.1}),
+    ]  # fmt: skip
+    alone = load_study(folder / "other.yaml", {"rate": 0.1})
+    assert alone.runs[0].run_id == study.runs[1].run_id  # the same run, found again from either study
+    with pytest.raises(ConfigError, match="share the alias 'other'"):
+        project(ENTRY + "    alias: other\ninclude: [other.yaml]\n")
+    (folder / "other.yaml").write_text("include: [default.yaml]\n")
+    with pytest.raises(ConfigError, match="includes itself"):
+        project(ENTRY + "include: [other.yaml]\n")
 
 
 def test_a_name_that_selects_nothing_is_refused(project):

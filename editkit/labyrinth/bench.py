@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ class Bench:
             self.lm, list(facts), self.layers[-1], config, contexts=self.contexts, token=self.token
         ).z
         if path is not None:
-            part = path.with_suffix(".part")
+            part = path.with_suffix(f".{os.getpid()}.part")  # runs of one study may share the cache
             save_file({"Z": Z.cpu().contiguous()}, part)
             part.replace(path)
         return Z

@@ -330,9 +330,15 @@ def run_all(
         return outcome
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        futures = [pool.submit(work, run) for run in runs]
+        # Long runs first, so that none of them is left to run alone at the end.
+        order = (
+            sorted(range(len(runs)), key=lambda i: -(runs[i].spec.minutes or 0))
+            if jobs > 1
+            else range(len(runs))
+        )
+        futures = {i: pool.submit(work, runs[i]) for i in order}
         try:
-            return [future.result() for future in futures]
+            return [futures[i].result() for i in range(len(runs))]
         except (
             BaseException
         ):  # an interrupt: pending runs are dropped, running ones ended, finished ones kept

@@ -13,7 +13,8 @@ runs:
     gpus: 0                          # resources, for the scheduler
     threads: 2
     memory_gib: 4
-    minutes: 2
+    minutes: 2                       # about how long it takes; long runs start first
+include: [labyrinth.yaml]            # studies in the same folder whose runs belong to this one, too
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class Study:
         return found[0]
 
 
-def load_study(path: Path, overrides: dict[str, Any] | None = None) -> Study:
+def load_study(
+    path: Path, overrides: dict[str, Any] | None = None, *, _parents: tuple[Path, ...] = ()
+) -> Study:
     """Read and expand a study file; `overrides` replace parameters (and grid axes) of every run.
 
     Raises ConfigError naming the file and the entry for unknown keys, wrong types and ambiguous aliases.
@@ -134,11 +137,23 @@ def load_study(path: Path, overrides: dict[str, Any] | None = None) -> Study:
         raise ConfigError(f"cannot read the study {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("runs"), list):
-        raise ConfigError(f"{path}: a study has a list 'runs' (and an optional 'title')")
-    if unknown := set(raw) - {"title", "runs"}:
-        raise ConfigError(f"{path}: unknown keys {sorted(unknown)}; a study has 'title' and 'runs'")
-    runs = [run for i, entry in enumerate(raw["runs"]) for run in _expand(path, i, entry, overrides or {})]
+    if not isinstance(raw, dict) or not isinstance(raw.get("runs", [] if "include" in raw else None), list):
+        raise ConfigError(f"{path}: a study has a list 'runs' (and optionally 'title' and 'include')")
+    if unknown := set(raw) - {"title", "runs", "include"}:
+        raise ConfigError(
+            f"{path}: unknown keys {sorted(unknown)}; a study has 'title', 'runs' and 'include'"
+        )
+    included = raw.get("include", [])
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise ConfigError(f"{path}: 'include' is a list of study files, e.g. [labyrinth.yaml]")
+    if (_parents and path in _parents) or path.name in included:
+        raise ConfigError(f"{path} includes itself; remove it from 'include'")
+    runs = [
+        run for i, entry in enumerate(raw.get("runs", [])) for run in _expand(path, i, entry, overrides or {})
+    ]
+    for name in included:
+        more = load_study(path.parent / name, overrides, _parents=(*_parents, path))
+        runs += [dataclasses.replace(run, study=path.stem) for run in more.runs]
     for attribute in ("alias", "run_id"):
         seen: set[str] = set()
         for run in runs:
