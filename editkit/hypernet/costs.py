@@ -6,6 +6,7 @@ each of them.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -87,6 +88,14 @@ def _project(R: Tensor, P: Tensor, g: Tensor) -> Tensor:
     return R - (R * P).sum() / (P * P).sum() * g
 
 
+def _give_back() -> None:
+    """Return freed memory to the system (glibc), so that using it again is seen."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
 @contextmanager
 def peak_memory(found: dict[str, float], key: str = "peak", interval: float = 0.002) -> Iterator[None]:
     """Put into found[key] how many bytes the process grew beyond its size at the start (sampled; NaN off Linux)."""
@@ -96,6 +105,7 @@ def peak_memory(found: dict[str, float], key: str = "peak", interval: float = 0.
         yield
         return
     page = os.sysconf("SC_PAGE_SIZE")
+    _give_back()
 
     def resident() -> int:
         return int(status.read_text().split()[1]) * page
