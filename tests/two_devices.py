@@ -63,6 +63,10 @@ class Places(TorchFunctionMode):
             wanted = args[1] if len(args) > 1 else kwargs["inputs"]
             wanted = [wanted] if isinstance(wanted, Tensor) else list(wanted)
             return tuple(self.put(g, self.where(x)) for g, x in zip(found, wanted, strict=True))
+        if name.startswith("_foreach_"):
+            # Optimisers call these on one group per device; here all places are one, and so one group.
+            found = func(*args, **kwargs)
+            return found and [self.put(y, self.where(x)) for x, y in zip(args[0], found, strict=True)]
         target = kwargs.get("device")
         if target is not None:
             kwargs["device"] = HERE
@@ -70,8 +74,7 @@ class Places(TorchFunctionMode):
         places = {self.where(t) for t in tensors if t.ndim}
         if name in _INDEXING:
             places = {self.where(tensors[0])} | (places - {HERE})
-        # Optimisers call these on one group per device; here all places are one, and so one group.
-        if len(places) > 1 and not name.startswith("_foreach_"):
+        if len(places) > 1:
             raise RuntimeError(
                 f"{name}: expected all tensors on one device, found {sorted(map(str, places))} for shapes "
                 f"{[tuple(t.shape) for t in tensors]}"
