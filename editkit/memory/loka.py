@@ -163,8 +163,10 @@ class LOKA(MemoryEditor):
         return {"memory": self.where[-len(facts) :], "losses": found}
 
     def _fit(self) -> None:
-        unused = (self.background_features @ self.features.T).max(-1).values.cpu()
-        self.router = fit_router(self.cosines.cpu(), unused)
+        # Rounded, so that a loaded memory gets the same router: the last bits of products depend on alignment.
+        cosine = self.background_features.double() @ self.features.double().T
+        unused = (cosine.max(-1).values.cpu() * 1e7).round() / 1e7
+        self.router = fit_router(self.cosines.double().cpu(), unused)
 
     def _assign(self, feature: Tensor) -> int:
         """Cluster of a feature (d,); its centre moves along."""

@@ -1,0 +1,142 @@
+"""The requests of the lifelong pages: generated from the world, or the real data sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+from ..facts import Fact
+from ..models import LM
+from .arms import world_background
+from .articles import as_facts, hallucination_records, temporal_records
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """Facts and background texts per seed; world: the companion's world, or None for real data."""
+
+    facts: dict[int, list[Fact]]
+    background: dict[int, list[str]]
+    world: Any = None
+
+    def __getitem__(self, seed: int) -> tuple[list[Fact], list[str]]:
+        return self.facts[seed], self.background[seed]
+
+    def statistics(self, lm: LM, layers: Sequence[int], cache_dir: str | Path | None = None) -> dict:
+        """Second moments for the methods that need any: over the world's text, else over the background texts."""
+        if not layers:
+            return {}
+        if self.world is not None:
+            from ..world import testbed
+
+            return testbed.statistics(lm, self.world, list(layers), cache_dir)
+        from ..statistics import second_moment
+
+        texts = sorted({t for part in self.background.values() for t in part})
+        return second_moment(lm, list(layers), texts, cache_dir=cache_dir)
+
+
+def _sampled(found: Sequence[Fact], n: int, seeds: Sequence[int]) -> tuple[dict, dict[int, list[Fact]]]:
+    """n facts per seed, and others (never edited by that seed)."""
+    if n >= len(found):
+        raise DataError(
+            f"{n} edits wanted, the file has {len(found)} records and some are needed as background"
+        )
+    chosen, others = {}, {}
+    for seed in seeds:
+        order = np.random.default_rng(seed).permutation(len(found))
+        chosen[seed] = [found[i] for i in order[:n]]
+        others[seed] = [found[i] for i in order[n:]]
+    return chosen, others
+
+
+def _real(found: Sequence[Fact], n: int, seeds: Sequence[int], n_background: int) -> Streams:
+    from ..corpora.zsre import irrelevant_texts
+
+    chosen, others = _sampled(found, n, seeds)
+    return Streams(chosen, {seed: irrelevant_texts(part)[:n_background] for seed, part in others.items()})
+
+
+def _generated(world, make, seeds: Sequence[int], n_background: int) -> Streams:
+    facts = {seed: make(seed) for seed in seeds}
+    return Streams(facts, {s: world_background(world, facts[s], n_background, s) for s in seeds}, world)
+
+
+def _world():
+    from ..world import load_world
+
+    return load_world()
+
+
+def question_streams(
+    corpus: str,
+    n: int,
+    seeds: Sequence[int],
+    *,
+    n_background: int = 100,
+    n_paraphrases: int = 2,
+    n_protected: int = 3,
+    n_same_subject: int = 0,
+) -> Streams:
+    """Short questions: corpus "world" (edits of the companion's world) or "zsre" (the real file, EasyEdit form)."""
+    if corpus == "zsre":
+        from ..corpora import zsre
+
+        return _real(list(zsre.load(form="easyedit")), n, seeds, n_background)
+    if corpus != "world":
+        raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'zsre'")
+    from ..world.records import edit_facts
+
+    world = _world()
+
+    def make(seed: int) -> list[Fact]:
+        return edit_facts(
+            world, n, seed, n_paraphrases=n_paraphrases, n_neighbors=n_protected, n_locality=n_protected,
+            n_same_subject=n_same_subject,
+        )  # fmt: skip
+
+    return _generated(world, make, seeds, n_background)
+
+
+def hallucination_streams(
+    corpus: str, n: int, seeds: Sequence[int], folder: Path, *, n_background: int = 100, per_person: int = 2
+) -> Streams:
+    """Long prompts: corpus "world" (biographies with new values) or "selfcheck" (the real file)."""
+    from ..corpora import selfcheck
+
+    if corpus == "selfcheck":
+        return _real(list(selfcheck.load()), n, seeds, n_background)
+    if corpus != "world":
+        raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'selfcheck'")
+    world = _world()
+
+    def make(seed: int) -> list[Fact]:
+        records = hallucination_records(world, n, seed, per_person=per_person)
+        return as_facts(records, selfcheck.load, Path(folder) / f"selfcheck-{seed}", f"s{seed}-")
+
+    return _generated(world, make, seeds, n_background)
+
+
+def temporal_streams(
+    corpus: str, n: int, seeds: Sequence[int], folder: Path, *, n_background: int = 100
+) -> Streams:
+    """Facts with a natural text: corpus "world" or "temporal" (the real file)."""
+    from ..corpora import temporal
+
+    if corpus == "temporal":
+        return _real(list(temporal.load()), n, seeds, n_background)
+    if corpus != "world":
+        raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'temporal'")
+    world = _world()
+
+    def make(seed: int) -> list[Fact]:
+        return as_facts(
+            temporal_records(world, n, seed), temporal.load, Path(folder) / f"temporal-{seed}", f"s{seed}-"
+        )
+
+    return _generated(world, make, seeds, n_background)
