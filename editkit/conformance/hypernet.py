@@ -25,16 +25,18 @@ def _shape_key(name: str) -> str:
     return "x".join(part.strip() for part in name.strip("()").split(","))
 
 
+def _renamed(name: str) -> str:
+    """ "(128, 32).lamda.weight" -> "nets.128x32.log_ridge"."""
+    shape, _, rest = name.partition(".")
+    return f"nets.{_shape_key(shape)}.{_RENAMED.get(rest, rest.removesuffix('.weight'))}"
+
+
 def _recorded_net(case: Case, prefix: str) -> dict[str, Tensor]:
     """A recorded state dictionary under the names of `Hypernetwork`."""
     out = {}
     for name in (k for k in case.arrays if k.startswith(prefix)):
-        shape, _, rest = name.removeprefix(prefix).partition(".")
-        value = torch.from_numpy(case.arrays[name])
-        rest = _RENAMED.get(rest, rest.removesuffix(".weight"))
-        if rest in ("lr", "log_ridge"):
-            value = value[:, 0]
-        out[f"nets.{_shape_key(shape)}.{rest}"] = value
+        own, value = _renamed(name.removeprefix(prefix)), torch.from_numpy(case.arrays[name])
+        out[own] = value[:, 0] if own.endswith((".lr", ".log_ridge")) else value
     return out
 
 
@@ -164,15 +166,9 @@ def _compare_step(case: Case, lm, net: Hypernetwork, trainer: Trainer, number: i
 
     # The optimiser alone, from the recorded gradients: Adam's first steps amplify rounding without limit.
     parameters = dict(net.named_parameters())
-    without = {
-        f"nets.{_shape_key(k.partition('.')[0])}.{_RENAMED[k.partition('.')[2]]}"
-        for k in told["params_without_grad"]
-    }
-    out.append(
-        compare_equal(
-            f"{step} without gradient", {k for k, p in parameters.items() if p.grad is None}, without
-        )
-    )
+    without = {_renamed(name) for name in told["params_without_grad"]}
+    found_without = {k for k, p in parameters.items() if p.grad is None}
+    out.append(compare_equal(f"{step} without gradient", found_without, without))
     for name, value in _recorded_net(case, f"{step}_netgrad_preclip:").items():
         parameters[name].grad = value.to(parameters[name])
     near("grad_norm_preclip", trainer.update(), told["grad_norm_preclip"], 1e-5)

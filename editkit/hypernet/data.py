@@ -82,7 +82,8 @@ def answer_logits(lm: LM, batch: TupleBatch) -> Tensor:
 
 def cross_entropy(lm: LM, batch: TupleBatch) -> Tensor:
     """Mean over the batch's answer tokens of -log p."""
-    return torch.nn.functional.cross_entropy(answer_logits(lm, batch), batch.targets.to(lm.device()))
+    logits = answer_logits(lm, batch)
+    return torch.nn.functional.cross_entropy(logits, batch.targets.to(logits.device))
 
 
 def kl_divergence(lm: LM, batch: TupleBatch, before: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class LeastSquaresPlan:
         with torch.no_grad():
             for i in range(len(net.sites)):
                 part, k = net.net(i)
-                keys, grads = rows.site(i)
+                keys, grads = net.rows(rows, i)
                 pieces = [part.value_differences(u, g, k) for _, u, g in net.chunks(rows, i)]
                 self.residuals.append(torch.cat(pieces).double())
                 self.systems.append(RidgeSystem(keys, float(part.log_ridge[k])))
@@ -71,7 +71,7 @@ class LeastSquaresPlan:
         upstream = []
         for i, G in enumerate(grads):
             part, k = net.net(i)
-            dR, dlambda = self.systems[i].adjoint(G, self.written[i])
+            dR, dlambda = self.systems[i].adjoint(G.to(part.lr.device), self.written[i])
             upstream.append(dR)
             if net.config.learn_ridge:
                 add = torch.zeros_like(part.log_ridge)

@@ -179,6 +179,12 @@ class Hypernetwork(nn.Module):
         """Network of a site, and the site's index inside it."""
         return self.nets[self.sites[i].shape], self._index[i]
 
+    def rows(self, rows: Rows, i: int) -> tuple[Tensor, Tensor]:
+        """Keys and gradients of a site, on the device of the network (a model may be spread over several)."""
+        device = self.net(i)[0].lr.device
+        keys, grads = rows.site(i)
+        return keys.to(device), grads.to(device)
+
     def log_ridge(self, i: int) -> Tensor:
         """lambda of a site, differentiable."""
         net, k = self.net(i)
@@ -186,7 +192,7 @@ class Hypernetwork(nn.Module):
 
     def observe(self, rows: Rows) -> None:
         """Take the rows of training edits into the normalisers, batch by batch of the language model."""
-        sites = [rows.site(i) for i in range(len(self.sites))]
+        sites = [self.rows(rows, i) for i in range(len(self.sites))]
         begin = 0
         for n in rows.parts:
             for i, (keys, grads) in enumerate(sites):
@@ -196,7 +202,7 @@ class Hypernetwork(nn.Module):
 
     def chunks(self, rows: Rows, i: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, keys, gradients) of a site in pieces of `rows_per_chunk`."""
-        keys, grads = rows.site(i)
+        keys, grads = self.rows(rows, i)
         for begin in range(0, len(keys), self.config.rows_per_chunk):
             part = slice(begin, begin + self.config.rows_per_chunk)
             yield part, keys[part], grads[part]

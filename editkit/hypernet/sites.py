@@ -66,7 +66,7 @@ def add_shifts(lm: LM, sites: Sequence[Site], start: Sequence[Tensor], shifts: S
     with torch.no_grad():
         for site, W, shift in zip(sites, start, shifts, strict=True):
             weight = lm.parameter(site.weight_name)
-            weight.copy_(W.to(shift) + oriented(lm, site, shift).to(W.device))
+            weight.copy_(W.to(shift) + oriented(lm, site, shift))
 
 
 def weights(lm: LM, sites: Sequence[Site]) -> list[Tensor]:

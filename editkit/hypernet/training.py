@@ -224,7 +224,9 @@ class Trainer:
                     weight = net.config.decay**back
                     losses += [(weight, self._entered(cross_entropy, b)) for b in paraphrases[t - back]]
                 grads, values = weight_gradients(self.lm, net, losses + references[t])
-                plan.backward([G + 2 * net.config.reg * S for G, S in zip(grads, plan.shifts, strict=True)])
+                plan.backward(
+                    [G.to(S) + 2 * net.config.reg * S for G, S in zip(grads, plan.shifts, strict=True)]
+                )
                 gen.append(_mean(values[: len(paraphrases[t])]))
                 loc.append(_mean(values[len(losses) :]))
         finally:
@@ -255,7 +257,9 @@ class Trainer:
         with edited(self.lm, self.net.sites, self.net.plan(rows).shifts):
             for name in ("edits", "paraphrases", "unrelated"):
                 batches = encode_pairs(self.lm, getattr(seen, name), size)
-                hits = [(answer_logits(self.lm, b).argmax(-1) == b.targets).float() for b in batches]
+                hits = [
+                    (answer_logits(self.lm, b).argmax(-1).to(b.targets) == b.targets).float() for b in batches
+                ]
                 out[name] = float(torch.cat(hits).mean())
         return out
 
