@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +159,22 @@ def test_bad_input():
         gaussian_ratio(1.0, 0.2)
     with pytest.raises(ConfigError, match="lies outside"):
         gaussian_correlation(0.1, 0.3)
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "book" / "memoir" / "derivation.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="the book is not part of this installation")
+def test_the_derivation_page_runs_and_its_references_have_labels():
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
+    assert len(blocks) >= 5
+    page: dict = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{PAGE.name}, block {number}", "exec"), page)
+    labels = Counter(re.findall(r"^:label: (\S+)$", text, flags=re.M))
+    assert max(labels.values()) == 1
+    used = re.findall(r"\{(?:eq|prf:ref|ref)\}`([^`]+)`", text)
+    assert used and set(used) <= set(labels)
