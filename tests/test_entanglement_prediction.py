@@ -474,3 +474,107 @@ def test_rules_are_recorded():
         critical_layer(lm, rule="guess")
     with pytest.raises(ConfigError, match="no layers"):
         from_site(Site("last", (), "empty"))
+
+
+# --- trials on the companion --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setting():
+    from editkit.entanglement.trial import Setting
+    from editkit.locate.contexts import ContextTemplates
+    from editkit.world import load_companion, load_world, testbed
+
+    lm = load_companion()
+    layers = testbed.preset(lm)["layers"]
+    options = {name: testbed.preset(lm, name) for name in ("memit", "alphaedit", "rome")}
+    few = {"z_steps": 2, "threshold": 2.0}
+    options = {name: {**o, **{k: v for k, v in few.items() if k in o}} for name, o in options.items()}
+    return Setting(lm, load_world(), options, identity_statistics(lm, layers), ContextTemplates())
+
+
+def test_a_trial_predicts_and_measures(setting):
+    from editkit.entanglement.ablation import ablate
+    from editkit.entanglement.predictors import PREDICTORS
+    from editkit.entanglement.trial import ARMS, pair_kinds, separation, wanted, world_trial
+
+    before = setting.lm.fingerprint()
+    trial = world_trial(setting, 2, 12, seed=5)
+    layer = setting.layers[-1]
+    shared = trial.scores(layer, ["random", "clare", "clare-centered", "key-cosine"])
+    found, own = trial.run("memit-1", list(PREDICTORS))
+    assert set(own) == {name for name, p in PREDICTORS.items() if p.per_editor}
+    for table in (*shared.values(), *own.values(), found["logit_l2"]):
+        assert table.shape == (2, len(trial.probes))
+        assert np.isfinite(table).all()
+    # With the targets known, the plan of one layer is the update itself.
+    assert np.allclose(own["whitened-targets"], own["written"], rtol=1e-2, atol=1e-5)
+    assert np.argsort(own["whitened"][0]).tolist() == np.argsort(own["whitened-targets"][0]).tolist()
+    assert [len(setting.editor(arm).config.layers) == 1 for arm in ARMS] == [
+        single for _, _, single in ARMS.values()
+    ]
+    assert setting.lm.fingerprint() == before
+    labels, kinds = (
+        wanted(setting.world, trial.edits, trial.probes),
+        pair_kinds(setting.world, trial.edits, trial.probes),
+    )
+    assert ((kinds == "edit") <= (labels == "wanted")).all()
+    assert (labels == "wanted").any()
+    table = separation({"ripple": [found["logit_l2"]]}, [labels])
+    assert 0 <= table.auc[0] <= 1
+    places = ablate(
+        setting.lm, [(trial.edits, trial.probes)], {"memit": [found["logit_l2"]]}, layer, layers=[layer]
+    )
+    row = places[
+        (places.module == "block_output")
+        & (places.token == "last")
+        & ~places.with_answer
+        & (places.score == "cosine")
+    ]
+    assert np.isclose(
+        row.spearman.item(), stats.spearmanr(shared["clare"].ravel(), found["logit_l2"].ravel()).statistic
+    )
+
+
+def test_trials_leave_out_the_design_facts(setting, monkeypatch):
+    from editkit.entanglement.trial import corpus_trial, design_facts
+
+    names = [f"name {i}" for i in range(700)]
+    corpus = [Fact("{} lives in", name, ("Paris", "Rome", "Vienna")[i % 3]) for i, name in enumerate(names)]
+    used = {f.key for f in design_facts(corpus)}
+    assert len(used) == 244
+    monkeypatch.setattr("editkit.entanglement.trial.known_facts", lambda lm, facts, n: list(facts)[:n])
+    trial = corpus_trial(setting, 50, 100, seed=0, corpus=corpus)
+    assert len(trial.edits) == 50
+    assert len(trial.probes) == 100
+    assert not used & ({f.case_id for f in trial.edits} | {f.key for f in trial.probes})
+    with pytest.raises(DataError, match="asked for"):
+        corpus_trial(setting, 500, 4, seed=0, corpus=corpus)
+
+
+def test_costs_of_every_task():
+    from editkit.entanglement.cost import TASKS, bytes_per_fact, measure_task, run_task
+
+    lm = make_lm("llama")
+    size = sum(p.numel() for p in lm.model.parameters())
+    assert bytes_per_fact(lm, "gradsim", 1) == 4 * size
+    assert bytes_per_fact(lm, "clare", 1) == 4 * lm.d_model
+    for task in TASKS:
+        run_task(lm, task, PROBES, 1, batched=True)
+    found = measure_task(lm, "clare", PROBES, 1)
+    assert found["seconds_per_fact"] > 0
+    assert found["peak"] == found["weights"] + found["rise"]
+    with pytest.raises(ConfigError, match="at least 4"):
+        measure_task(lm, "clare", PROBES[:2], 1)
+    with pytest.raises(ConfigError, match="task"):
+        run_task(lm, "clair", PROBES, 1, batched=False)
+
+
+def test_published_figures_have_a_source():
+    from editkit.entanglement import published
+
+    gains = published.table("gain").set_index("model").gain_over_gradsim
+    assert np.isclose(gains["mean"], gains.drop("mean").mean(), atol=2e-3)
+    assert "2603.19297" in published.source("gain")
+    with pytest.raises(ConfigError, match="published"):
+        published.table("nothing")

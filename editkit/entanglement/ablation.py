@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,9 @@ from scipy import stats
 from ..errors import RequestError
 from ..facts import Fact
 from ..models import LM
+from ..statistics import Covariance
 from .representations import MODULES, represent_many
-from .similarity import centered_cosine, cosine
+from .similarity import centered_cosine, cosine, whitened
 
 
 def ablate(
@@ -23,12 +24,14 @@ def ablate(
     *,
     layers: Sequence[int] | None = None,
     tokens: Sequence[str] = ("last", "subject_last", "mean"),
+    statistics: Mapping[int, Covariance] | None = None,
 ) -> pd.DataFrame:
     """Pooled Spearman correlation of the cosine with measured ripples, by place.
 
     facts: (edits, probes) per seed.   ripples: editor -> (edits, probes) tables per seed.
     layers: swept at token "last" with all modules (None: all). Tokens are varied at `layer`, each also with the answer
-    appended where that is another text. Returns editor, layer, module, token, with_answer, score, spearman.
+    appended where that is another text.   statistics: second moments; their layers also get the whitened keys at "last".
+    Returns editor, layer, module, token, with_answer, score, spearman.
     """
     if not facts or any(len(r) != len(facts) for r in ripples.values()):
         raise RequestError("give one ripple table per pair of edits and probes")
@@ -45,8 +48,11 @@ def ablate(
             )
             for pair in facts
         ]
-        scores = {"cosine": cosine, **({"centered cosine": centered_cosine} if centered else {})}
         for site in sides[0][0]:
+            scores = {"cosine": cosine, **({"centered cosine": centered_cosine} if centered else {})}
+            if centered and site[1] == "down_input" and site[0] in (statistics or {}):
+                C = statistics[site[0]].C
+                scores["whitened"] = lambda a, b, C=C: whitened(a, C, b)
             for score, make in scores.items():
                 x = np.concatenate([make(a[site], b[site]).matrix().numpy().reshape(-1) for a, b in sides])
                 for editor, y in measured.items():

@@ -104,11 +104,12 @@ def _gradients(lm: LM, facts: Sequence[Fact], names: Sequence[str]) -> Iterator[
             logits = lm.head(seen.output[last][row, column])
             said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
             loss = -said.gather(-1, token[:, None].to(said.device)).sum()
-            found = torch.autograd.grad(loss, params, allow_unused=True)
-            parts = [
-                (torch.zeros_like(p) if g is None else g).detach().reshape(-1).float()
-                for g, p in zip(found, params, strict=True)
-            ]
+            found = list(torch.autograd.grad(loss, params, allow_unused=True))
+            parts = []
+            for k, p in enumerate(params):  # flattening may copy: give each one back before the next
+                g, found[k] = found[k], None
+                parts.append((torch.zeros_like(p) if g is None else g).detach().reshape(-1).float())
+                del g
             del found, loss, logits, said, seen
             yield parts
             del parts

@@ -228,6 +228,23 @@ def wanted(world: World, edits: Sequence[Fact], probes: Sequence[Fact]) -> np.nd
     return labels
 
 
+def pair_kinds(world: World, edits: Sequence[Fact], probes: Sequence[Fact]) -> np.ndarray:
+    """(n_e, n_p) finer labels: the kind of `consequences.Change` ("edit": other wordings of the edited fact, "two_hop",
+    "two_hop_via", "symmetric", "undefined"), else "same subject", "same relation" or "unrelated"."""
+    labels = np.full((len(edits), len(probes)), "unrelated", dtype=object)
+    for i, fact in enumerate(edits):
+        found = {c.key: c.kind for c in changes(world, fact.relation, fact.subject, fact.target)}
+        for j, probe in enumerate(probes):
+            key = (probe.relation, probe.subject)
+            if key in found:
+                labels[i, j] = found[key]
+            elif probe.subject == fact.subject:
+                labels[i, j] = "same subject"
+            elif probe.relation == fact.relation:
+                labels[i, j] = "same relation"
+    return labels
+
+
 def separation(tables: Mapping[str, Sequence[np.ndarray]], labels: Sequence[np.ndarray]) -> pd.DataFrame:
     """How well each table (a predictor, or the ripple itself) tells wanted from unwanted pairs.
 
