@@ -30,8 +30,8 @@ def ablate(
 
     facts: (edits, probes) per seed.   ripples: editor -> (edits, probes) tables per seed.
     layers: swept at token "last" with all modules (None: all). Tokens are varied at `layer`, each also with the answer
-    appended where that is another text.   statistics: second moments; their layers also get the whitened keys at "last".
-    Returns editor, layer, module, token, with_answer, score, spearman.
+    appended where that is another text.   statistics: second moments; their layers also get the whitened keys at
+    "last". Returns editor, layer, module, token, with_answer, score, spearman.
     """
     if not facts or any(len(r) != len(facts) for r in ripples.values()):
         raise RequestError("give one ripple table per pair of edits and probes")
