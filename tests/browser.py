@@ -151,9 +151,9 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"]["exception"].get("description", "exception"))
         return answer["result"].get("value")
 
-    def screenshot(self, clip: dict | None = None, *, full: bool = False) -> bytes:
+    def screenshot(self, clip: dict | None = None, *, scale: float = 1.0, full: bool = False) -> bytes:
         """PNG of the window, of the whole page (`full`) or of a rectangle {x, y, width, height} of it."""
-        options = {"clip": {**clip, "scale": 1}} if clip else {}
+        options = {"clip": {**clip, "scale": scale}} if clip else {}
         return base64.b64decode(
             self.call("Page.captureScreenshot", captureBeyondViewport=bool(clip or full), **options)["data"]
         )

@@ -1,8 +1,31 @@
-"""What the theme gets wrong for a book that is read from a folder, without a server."""
+"""What the theme gets wrong for a book that is read from a folder, and links to pages that need not be there.
+
+{chapter}`memoir/index`              the page's title as a link; plain words where it is not part of this build
+{chapter}`Lifelong <memoir/index>`   with another text
+"""
 
 from __future__ import annotations
 
+import re
+
+from docutils import nodes
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxRole
+
+
+class Chapter(SphinxRole):
+    """A link to a page of the contents, if the contents have it."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        match = re.fullmatch(r"(.*?)\s*<(\S+)>", self.text.strip())
+        title, page = (match[1], match[2]) if match else ("", self.text.strip())
+        if page not in self.env.found_docs:
+            return [nodes.emphasis("", f"{title}: not in this build" if title else "not in this build")], []
+        inner = nodes.inline("", title or page, classes=["xref", "std", "std-doc"])
+        link = addnodes.pending_xref("", inner, refdomain="std", reftype="doc", reftarget=f"/{page}",
+                                     refexplicit=bool(title), refwarn=True, refdoc=self.env.docname)  # fmt: skip
+        return [link], []
 
 
 def follow_the_system(app: Sphinx, config) -> None:
@@ -21,6 +44,7 @@ def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doc
 
 
 def setup(app: Sphinx) -> dict:
+    app.add_role("chapter", Chapter())
     app.connect("config-inited", follow_the_system)
     app.connect("html-page-context", drop_thebe, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

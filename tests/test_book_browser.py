@@ -1,0 +1,132 @@
+"""Key pages in a headless browser, from the file system: mathematics, figures, both themes, a phone, the search.
+
+Left out, with a plain message, where no Chromium or Chrome is installed.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from browser import MISSING, Browser, find_browser
+from PIL import Image
+from whole_book import whole_book
+
+pytestmark = pytest.mark.xdist_group("book")
+
+PAGES = ("intro", "ledger", "howto_read", "glossary", "labyrinth/derivation", "foundations/world",
+         "foundations/metrics", "contributing/method", "api/editors", "runs/index")  # fmt: skip
+FORMULAS = "[...document.querySelectorAll('main .math')]"
+FIGURES = "[...document.querySelectorAll('main figure svg, main figure img')]"
+# Contrast of a text with what lies behind it, by the formula of WCAG 2.
+CONTRAST = """
+(() => {
+  const channel = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const parts = s => (s.match(/[\\d.]+/g) || [0, 0, 0]).map(Number);
+  const light = s => {
+    const [r, g, b] = parts(s).map(channel);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const back = e => {
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor, p = parts(c);
+      if (p.length < 4 || p[3] > 0.5) return c;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const poor = [];
+  const look = (e, color) => {
+    const a = light(color), b = light(back(e)), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) poor.push(e.textContent.trim().slice(0, 40) + ' ' + ratio.toFixed(1));
+  };
+  document.querySelectorAll('main figure svg text').forEach(e => look(e, getComputedStyle(e).fill));
+  document.querySelectorAll('main .ek-val, main .ek-verdict, main .ek-rule, main figcaption, main .ek-entry-origin')
+    .forEach(e => look(e, getComputedStyle(e).color));
+  return poor;
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = find_browser()
+    if program is None:
+        pytest.skip(MISSING)
+    made = Browser(program)
+    yield made
+    made.close()
+
+
+def built(page: str):
+    path = whole_book() / f"{page}.html"
+    return path if path.is_file() else pytest.skip(f"{page} is not in the table of contents")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_opens_without_errors_and_asks_no_other_host(browser, page):
+    browser.open(built(page))
+    assert not browser.console
+    foreign = [url for url in browser.requests if not url.startswith(("file:", "data:", "blob:"))]
+    assert not foreign, f"{page} asks for {foreign}"
+    assert browser.evaluate("document.querySelector('main h1').textContent.trim().length") > 3
+
+
+@pytest.mark.parametrize("page", ["labyrinth/derivation", "glossary"])
+def test_all_mathematics_is_typeset(browser, page):
+    browser.open(built(page))
+    number = browser.evaluate(f"{FORMULAS}.length")
+    assert number > 10
+    assert browser.evaluate(f"{FORMULAS}.filter(e => !e.querySelector('mjx-container svg')).length") == 0
+    assert browser.evaluate("document.querySelectorAll('mjx-merror, [data-mjx-error]').length") == 0
+    sizes = browser.evaluate(f"{FORMULAS}.map(e => e.getBoundingClientRect()).map(r => [r.width, r.height])")
+    assert all(width > 2 and height > 2 for width, height in sizes), "a formula has no extent"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("page", ["intro", "foundations/world"])
+def test_figures_are_not_blank(browser, page, dark):
+    browser.open(built(page), dark=dark)
+    places = browser.evaluate(
+        f"{FIGURES}.map(e => e.getBoundingClientRect()).map(r => "
+        "({x: r.x + scrollX, y: r.y + scrollY, width: r.width, height: r.height}))"
+    )
+    assert places, f"{page} has no figures"
+    assert all(place["width"] > 100 and place["height"] > 50 for place in places)
+    for place in places[:2]:  # each costs a drawing of the whole page
+        picture = Image.open(io.BytesIO(browser.screenshot(place, scale=0.5))).convert("RGB")
+        pixels = np.asarray(picture).reshape(-1, 3).astype(np.int64) @ (65536, 256, 1)
+        colors, counts = np.unique(pixels, return_counts=True)
+        assert len(colors) > 8 and counts.max() < 0.995 * len(pixels), f"a figure of {page} is blank"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("page", ["intro", "ledger", "foundations/world"])
+def test_text_can_be_read_in_both_themes(browser, page, dark):
+    browser.open(built(page), dark=dark)
+    assert browser.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
+    poor = browser.evaluate(CONTRAST)
+    assert not poor, f"too little contrast: {poor[:8]}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_fits_a_phone(browser, page):
+    browser.open(built(page), width=390)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390, "the page scrolls sideways"
+
+
+@pytest.mark.parametrize("word", ["alphaedit", "second_moment", "entanglement"])
+def test_the_search_finds_methods_functions_and_terms(browser, word):
+    browser.open(built("search"), fragment=f"?q={word}")
+    for _ in range(50):
+        if browser.evaluate("document.querySelectorAll('#search-results li a').length"):
+            break
+        browser.evaluate("new Promise(done => setTimeout(done, 100))")
+    assert browser.evaluate("document.querySelectorAll('#search-results li a').length") > 0
+    assert not browser.console
+
+
+def test_without_a_browser_the_message_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert find_browser() is None
+    assert "no Chromium or Chrome was found" in MISSING and "apt install chromium" in MISSING
