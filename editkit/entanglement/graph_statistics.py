@@ -101,7 +101,7 @@ def describe(
         if lowest is not None and t < lowest:
             raise ConfigError(f"threshold {t} lies below that of the graph, {lowest}; build a larger graph")
     label = {kind: labels(facts, kind) for kind in KINDS}
-    cuts = [(f"score >= {t:g}", {"threshold": t}) for t in thresholds]
+    cuts = [(f"score >= {t:.3g}", {"threshold": t}) for t in thresholds]
     cuts += [(f"{k} strongest", {"k": k}) for k in ks]
     rows = []
     for name, cut in cuts or [("all", {})]:
