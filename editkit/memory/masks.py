@@ -56,7 +56,8 @@ class MaskStore:
 
     def __init__(self, d: int, device: torch.device | str | None = None) -> None:
         self.d = d
-        self._words = torch.zeros(0, -(-d // WORD), dtype=torch.int64, device=device)
+        # (words, room): word w of all masks lies together, so that counting runs over long rows
+        self._words = torch.zeros(-(-d // WORD), 0, dtype=torch.int64, device=device)
         self._n = 0
         self._index: dict[bytes, int] = {}
 
@@ -66,13 +67,13 @@ class MaskStore:
     @property
     def packed(self) -> Tensor:
         """(n, words) int64, all masks in the order they came."""
-        return self._words[: self._n]
+        return self._words[:, : self._n].T.contiguous()
 
     @classmethod
     def of(cls, packed: Tensor, d: int, device: torch.device | str | None = None) -> MaskStore:
         """From packed masks as `packed` gives them."""
         store = cls(d, device)
-        store._words = packed.to(store._words.device, copy=True)
+        store._words = packed.to(store._words.device).T.contiguous()
         store._n = len(packed)
         store._index = {row.numpy().tobytes(): i for i, row in enumerate(packed.cpu())}
         if len(store._index) != len(packed):
@@ -81,33 +82,28 @@ class MaskStore:
 
     def add(self, mask: Tensor) -> int:
         """Index of the mask (d,) bool in the store, which has it afterwards."""
-        row = pack(mask[None].to(self._words.device))
-        key = row[0].cpu().numpy().tobytes()
+        row = pack(mask[None].to(self._words.device))[0]
+        key = row.cpu().numpy().tobytes()
         if key not in self._index:
-            if self._n == len(self._words):  # doubling keeps the cost of n additions linear
-                room = torch.zeros(
-                    max(64, self._n), self._words.shape[1], dtype=torch.int64, device=row.device
-                )
-                self._words = torch.cat([self._words, room])
-            self._words[self._n] = row[0]
+            words, room = self._words.shape
+            if self._n == room:  # doubling keeps the cost of n additions linear
+                more = torch.zeros(words, max(64, room), dtype=torch.int64, device=row.device)
+                self._words = torch.cat([self._words, more], dim=1)
+            self._words[:, self._n] = row
             self._index[key] = self._n
             self._n += 1
         return self._index[key]
 
     def masks(self, index: Tensor) -> Tensor:
         """Masks (n, d) bool at the given indices."""
-        return unpack(self.packed[index.to(self._words.device)], self.d)
+        return unpack(self._words[:, index.to(self._words.device)].T, self.d)
 
     def overlaps(self, queries: Tensor) -> Tensor:
         """Number of common columns of each query (b, d) with each stored mask: (b, n) int64."""
         packed = pack(queries.to(self._words.device))
-        found = torch.empty(len(queries), self._n, dtype=torch.int64, device=self._words.device)
-        step = max(1, _CHUNK // self._words.shape[1])
-        for start in range(0, self._n, step):
-            rows = self.packed[start : start + step]
-            for i, query in enumerate(packed):
-                found[i, start : start + step] = _count(rows & query)
-        return found
+        if not self._n:
+            return torch.zeros(len(packed), 0, dtype=torch.int64, device=packed.device)
+        return torch.stack([self._counts(query) for query in packed])
 
     def best(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(overlap, index), each (b,): the stored mask that shares most columns with each query.
@@ -116,15 +112,33 @@ class MaskStore:
         """
         if not self._n:
             raise NumericsError("the store has no masks; add one before looking up")
-        overlaps = self.overlaps(queries)
-        most = overlaps.amax(-1)
-        # argmax does not promise the first of several maxima
-        return most, (overlaps == most[:, None]).to(torch.uint8).argmax(-1)
+        found = []
+        for query in pack(queries.to(self._words.device)):
+            counts = self._counts(query)
+            # of several maxima numpy gives the first, torch any
+            index = int(counts.numpy().argmax()) if counts.device.type == "cpu" else _first_largest(counts)
+            found.append(torch.stack([counts[index], torch.as_tensor(index, device=counts.device)]))
+        return tuple(torch.stack(found).unbind(-1))
+
+    def _counts(self, query: Tensor) -> Tensor:
+        """Common columns (n,) int64 with one packed query (words,)."""
+        words = self._words[:, : self._n]
+        if words.device.type != "cpu":
+            total = torch.zeros(self._n, dtype=torch.int64, device=words.device)
+            step = max(1, _CHUNK // len(words))
+            for start in range(0, self._n, step):
+                part = words[:, start : start + step] & query[:, None]
+                total[start : start + step] = _popcount_by_shifts(part).sum(0)
+            return total
+        rows, bits = words.numpy().view(np.uint64), query.numpy().view(np.uint64)
+        common, ones = np.empty(self._n, np.uint64), np.empty(self._n, np.uint8)
+        total = np.zeros(self._n, np.uint16 if self.d < 1 << 16 else np.uint32)
+        for row, bit in zip(rows, bits, strict=True):
+            np.bitwise_and(row, bit, out=common)
+            np.bitwise_count(common, out=ones)
+            total += ones
+        return torch.from_numpy(total.astype(np.int64))
 
 
-def _count(words: Tensor) -> Tensor:
-    """Set bits of each row of int64 words."""
-    if words.device.type == "cpu":
-        counts = np.bitwise_count(words.numpy().view(np.uint64))
-        return torch.from_numpy(counts.sum(-1, dtype=np.int64))
-    return _popcount_by_shifts(words).sum(-1)
+def _first_largest(counts: Tensor) -> Tensor:
+    return (counts == counts.max()).to(torch.uint8).argmax()
