@@ -41,15 +41,15 @@ ARMS: dict[str, Arm] = {
 }
 
 # For the six-layer companion: a late block, as the papers use; fewer steps than the papers for pages that run in
-# minutes, ended by the loss where the method has such an end. The step sizes of LoRA (published 5e-3) and WISE (1.0) and
-# WISE's margins are the best of a handful tried on 8 edits of seed 100, which no page uses; at the published ones both
-# lose locality at once on a model of this width. Weight editors take the companion's presets.
+# minutes, ended by the loss where the method has such an end. The step sizes of LoRA (published 5e-3) and WISE
+# (1.0) and WISE's margins are the best of a handful tried on 8 edits of seed 100, which no page uses; at the
+# published ones both lose locality at once on a model of this width. Weight editors take the companion's presets.
 COMPANION: dict[str, dict[str, Any]] = {
     "lora": {"steps": 40, "lr": 3e-4, "loss_threshold": 0.02},
     "grace": {"layer": 4, "steps": 30, "loss_threshold": 0.05},
     "defer": {"layer": 4, "steps": 30, "lr": 7e-3, "loss_threshold": 0.05},
-    "wise": {"layer": 4, "steps": 20, "lr": 0.3, "n_contexts": 2, "alpha": 1.0, "beta": 4.0, "gamma": 2.0, "save_every": 5,
-             "merge_every": 10},
+    "wise": {"layer": 4, "steps": 20, "lr": 0.3, "n_contexts": 2, "alpha": 1.0, "beta": 4.0, "gamma": 2.0,
+             "save_every": 5, "merge_every": 10},
     "loka": {"layer": 4, "n_contexts": 2},
     "memoir": {"layer": 4, "n_contexts": 2, "stop_change": None},
     "retrieval": {"layer": 3, "threshold": 0.8},
