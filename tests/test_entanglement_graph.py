@@ -456,3 +456,52 @@ def test_payload_of_the_explorer(tmp_path, H, corpus, monkeypatch):
     ):
         with pytest.raises(ValueError, match=match):
             packed(bad)
+
+
+def test_explorer_in_a_browser(tmp_path, H, corpus, monkeypatch):
+    """Search, follow a neighbor, go back, change the score: from the file system, without network."""
+    browser = pytest.importorskip("browser")
+    program = browser.find_browser()
+    folder = Path(__file__).parents[1] / "book" / "_ext"
+    if program is None or not folder.is_dir():
+        pytest.skip(browser.MISSING)
+    monkeypatch.syspath_prepend(str(folder))
+    module = importlib.import_module("companion_explorer")
+    corpus[5] = corpus[5].replace(subject="Élise Noël")
+    scores = {"cosine": cosine(H), "centered": cosine(H - H.mean(0))}
+    graphs = {name: build_graph(tmp_path / name, s, facts=corpus, top_k=4) for name, s in scores.items()}
+    rows = explorer_frame(graphs, corpus, k=4).to_dict("records")
+    data = module.packed(rows) | {"note": "A note.", "start": "s9 t2"}
+    module.RunExplorer.write(tmp_path / "data.js", data)
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<meta charset=utf-8><main><div id=x></div><script defer src="data.js" data-explorer=x></script>'
+    )
+    shown = "document.querySelector('.ek-explorer-head').textContent"
+    first = "document.querySelector('.ek-explorer-columns button')"
+    window = browser.Browser(program)
+    try:
+        window.open(page)
+        assert not window.console
+        assert window.evaluate(shown) == f"{corpus[18].text} {corpus[18].target}"
+        ends, weights = graphs["cosine"].neighbors(18)
+        strength = window.evaluate(f"{first}.querySelector('.ek-explorer-score').textContent")
+        assert float(strength) == pytest.approx(float(weights[0]), abs=0.01)
+        window.evaluate(f"{first}.click()")
+        assert window.evaluate(shown) == f"{corpus[ends[0]].text} {corpus[ends[0]].target}"
+        window.evaluate("document.querySelector('.ek-explorer-small').click()")
+        assert window.evaluate(shown) == f"{corpus[18].text} {corpus[18].target}"
+        window.evaluate(
+            "(s => { s.value = 1; s.dispatchEvent(new Event('change')); })(document.querySelector('select'))"
+        )
+        other = corpus[graphs["centered"].neighbors(18)[0][0]]
+        assert window.evaluate(f"{first}.textContent").startswith(f"{other.text} {other.target}")
+        window.evaluate(
+            "(f => { f.value = 'elise noel'; f.dispatchEvent(new Event('input')); })(document.querySelector('input'))"
+        )
+        hits = window.evaluate(
+            "[...document.querySelectorAll('.ek-explorer-hits li')].map(e => e.textContent)"
+        )
+        assert hits == [f"{corpus[5].text} {corpus[5].target}"]
+    finally:
+        window.close()

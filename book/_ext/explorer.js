@@ -87,7 +87,7 @@ function exploreGraph(data) {
       const span = s.high - Math.min(0, s.low);
       fill.style.width = Math.max(2, (100 * (score - Math.min(0, s.low))) / (span || 1)) + "%";
       strength.append(fill);
-      go.append(strength, make("span", "ek-explorer-score", score.toFixed(3)));
+      go.append(strength, make("span", "ek-explorer-score", score.toFixed(2)));
     }
     item.append(go);
     return item;
