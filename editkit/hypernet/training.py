@@ -28,7 +28,6 @@ from torch.nn.functional import log_softmax
 
 from ..config import Config, option
 from ..errors import ConfigError, DataError, NumericsError
-from ..hooks import frozen
 from ..models import LM
 from ..progress import bar
 from .cache import RowFiles, RowMemory, check_memory, count_rows
@@ -43,14 +42,14 @@ from .data import (
     encode_pairs,
     kl_divergence,
 )
-from .network import Hypernetwork, Plan, Rows
+from .meta import Pass, mean, weight_gradients
+from .network import Hypernetwork, Rows
 from .prefix import StateMemory, entering
 from .rledit import RLEdit
-from .sites import add_shifts, edited, oriented, weights
+from .sites import add_shifts, edited, weights
 
 _FORMAT = "editkit-hypertraining-1"
 Locality = Literal["kl", "cross_entropy"]
-Loss = tuple[float, Callable[[], Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,47 +80,6 @@ class StepLog:
     locality: float
     grad_norm: float
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Pass:
-    """What one batch of edits gave: plan, dL/dW (m, d) of each site, losses of each batch of the language model."""
-
-    plan: Plan
-    grads: list[Tensor]
-    generalization: list[float]
-    locality: list[float]
-
-
-def weight_gradients(lm: LM, net: Hypernetwork, losses: Sequence[Loss]) -> tuple[list[Tensor], list[float]]:
-    """Phase 1: weighted sum of the losses' gradients with respect to the edited weights, (m, d), at least
-    float32.
-
-    losses: (weight, function without arguments) each, run one after the other, so that one graph lives at a
-    time. Returns the gradients and the unweighted losses. Raises NumericsError if a loss is not finite.
-    """
-    params = [lm.parameter(name) for name in net.parameter_names()]
-    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params]
-    values = []
-    with frozen(lm.model):
-        for p in params:
-            p.requires_grad_(True)
-        for weight, loss_of in losses:
-            with torch.enable_grad():
-                loss = loss_of()
-            values.append(float(loss.detach()))
-            if not torch.isfinite(loss):
-                raise NumericsError(
-                    f"a meta loss is {values[-1]}: the edited model has lost its numbers; lower lr (the step "
-                    "size eta of the hypernetwork) or meta_lr"
-                )
-            for sum_, grad in zip(total, torch.autograd.grad(loss, params), strict=True):
-                sum_ += weight * grad
-    return [oriented(lm, s, g).contiguous() for s, g in zip(net.sites, total, strict=True)], values
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 class Trainer:
@@ -182,7 +140,7 @@ class Trainer:
                 encode_pairs(self.lm, p, self.config.batch_size) for p in (seen.paraphrases, seen.unrelated)
             ]
             found = self.accumulate(self.rows.take(seen.edits), *batches)
-            gen, loc = _mean(found.generalization), _mean(found.locality)
+            gen, loc = mean(found.generalization), mean(found.locality)
         norm = self.update()
         entry = StepLog(number, gen, loc, norm, time.perf_counter() - start)
         self.log.append(entry)
@@ -227,13 +185,13 @@ class Trainer:
                 plan.backward(
                     [G.to(S) + 2 * net.config.reg * S for G, S in zip(grads, plan.shifts, strict=True)]
                 )
-                gen.append(_mean(values[: len(paraphrases[t])]))
-                loc.append(_mean(values[len(losses) :]))
+                gen.append(mean(values[: len(paraphrases[t])]))
+                loc.append(mean(values[len(losses) :]))
         finally:
             with torch.no_grad():
                 for site, W in zip(net.sites, start, strict=True):
                     self.lm.parameter(site.weight_name).copy_(W)
-        return _mean(gen), _mean(loc)
+        return mean(gen), mean(loc)
 
     def update(self) -> float:
         """Clip the gradients, step Adam; returns the norm before clipping."""
