@@ -16,7 +16,10 @@ from editkit.hypernet import METHODS, TrainConfig
 from editkit.presets import Preset, Setting, find, find_for, presets, shape_of
 
 MODELS = ("GPT2-XL", "GPT-J-6B", "Llama-2-7B", "Llama-3-8B-Instruct", "Mistral-7B", "Qwen2.5-7B")
-NO_FIGURES = {"regularized"}  # methods of this book, without a published figure
+# Methods of this book, or of papers that edit no language model: no published figure for any of these models.
+NO_FIGURES = {
+    "regularized", "in_context", "retrieval", "loka", "packnet", "supsup", "gpm", "sparcl"
+}  # fmt: skip
 
 
 def everywhere(kind):
