@@ -139,20 +139,25 @@ class WISE(MemoryEditor):
             self.shards = [here[k] for k in sorted(here, key=_number) if k.startswith("shard.")]
         self.new, self.mask, self.merged = (here.get(name) for name in ("new", "mask", "merged"))
 
+    @property
+    def _open(self) -> bool:
+        """Whether W' holds edits that are in no shard yet."""
+        return self.count % self.config.save_every != 0
+
     # --- routing --------------------------------------------------------------------------------------------
 
     def memories(self) -> list[tuple[Tensor, float]]:
         """Side memories (o, d) with their thresholds, in the order in which the released code asks them."""
-        cfg, W = self.config, self.weight
+        cfg = self.config
         if not self.count:
             return []
         now = (self.new, self.act * cfg.act_ratio)
         if cfg.retrieve:
             stored = [(S, act * cfg.act_ratio) for S, act in zip(self.shards, self.acts, strict=True)]
-            return [now, *stored] if not torch.equal(self.new, W) else stored
+            return [now, *stored] if self._open else stored
         if self._effective is None:
             # Whole shards and the open one are merged for reading; the stream itself is left as it is.
-            open_shards = self.shards + ([self.new] if not torch.equal(self.new, W) else [])
+            open_shards = self.shards + ([self.new] if self._open else [])
             ready = self.count >= cfg.save_every
             self._effective = self._merge_into_one(open_shards) if ready and open_shards else self.merged
         if self._effective is None:
@@ -177,7 +182,7 @@ class WISE(MemoryEditor):
         above = acts >= bounds
         best = torch.where(above, acts, -torch.inf).max(0)
         chosen = torch.where(above.any(0), best.indices, -1)
-        if released and self.config.retrieve and self.new is not None and not torch.equal(self.new, W):
+        if released and self.config.retrieve and self._open:
             # As released, a shard must also beat the open memory's activation where that is below its threshold.
             chosen = torch.where((chosen > 0) & (best.values <= acts[0]), -1, chosen)
         self.record("activation", acts)
