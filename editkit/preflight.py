@@ -144,10 +144,11 @@ def check_fits(needed: int, dtype: torch.dtype, name: str, memory: Mapping[str, 
 def check_source(source: str, dtype: torch.dtype, spec: ArchSpec | None = None, **kwargs: Any) -> None:
     """All of the above for a model that is about to be loaded. Raises ModelError.
 
-    Memory is not compared where transformers was told how to place the weights (device_map, offload_folder).
+    Memory is not compared where transformers was told how to place the weights (device_map, offload_folder), nor for
+    models with code of their own.
     """
     config = read_config(source, **kwargs)
     name = Path(source).resolve().name if Path(source).is_dir() else source
     check_config(config, name, spec)
-    if not {"device_map", "offload_folder"} & set(kwargs):
+    if not {"device_map", "offload_folder", "trust_remote_code"} & set(kwargs):
         check_fits(weight_bytes(empty_model(config), dtype), dtype, name)
