@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 
 import numpy as np
@@ -18,8 +17,8 @@ from editkit.memory import masks as store
 from editkit.memory.masks import MaskStore
 from editkit.memory.memoir import Memoir, sample_prefixes
 from editkit.memory.tophash import TopHash, draw_permutation, mean_features, random_masks
-from editkit.memory.training_rows import Upper
 from editkit.prompts import prompts
+from editkit.scoring import evaluate
 from editkit.testing import check_memory_editor
 
 CONTEXTS = [["{}"], ["You can see {}", "Because {}"]]
@@ -119,12 +118,12 @@ def test_training_from_the_layer_on_is_training_through_the_whole_model(
     lm = tiny_lm(model_type)
     fast = make(lm, layer=layer, steps=2)
     fast.edit(facts[:1])
-    assert fast._upper.additive
+    assert fast._last_rows.additive
     fast.detach()
     monkeypatch.setattr("editkit.memory.training_rows._is_additive", lambda *args: False)
     whole = make(lm, layer=layer, steps=2)
     whole.edit(facts[:1])
-    assert not whole._upper.additive
+    assert not whole._last_rows.additive
     torch.testing.assert_close(fast.weight, whole.weight, atol=1e-5, rtol=1e-3)
     assert fast.weight.abs().max() > 1e-3
 
@@ -325,7 +324,6 @@ def test_rows_are_run_once_per_edit(tiny_lm, facts):
         )
     editor.edit(facts[1:2])
     assert calls == [1, 1, 1, 6]
-    assert dataclasses.is_dataclass(Upper)
 
 
 def test_resuming_needs_no_background(tiny_lm, facts, tmp_path):
@@ -342,3 +340,12 @@ def test_resuming_needs_no_background(tiny_lm, facts, tmp_path):
         "You can see {}",
         "Because {}",
     )
+
+
+def test_evaluate_scores_and_restores(tiny_lm, facts):
+    lm = tiny_lm("llama", "wordlevel")
+    editor = make(lm, steps=40, k=12, threshold=0.9)
+    table = evaluate(lm, editor, facts[:2], protocols=("easyedit", "generate"), facts_per_edit=1)
+    after = table[(table["when"] == "after_all") & (table["axis"] == "efficacy")]
+    assert after["success"].mean() > table[table["when"] == "before"]["success"].mean()
+    assert not editor.is_attached and editor.n_facts == 0

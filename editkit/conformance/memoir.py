@@ -114,8 +114,8 @@ def _edit(editor: Memoir, fact: Fact) -> tuple[list[float], Tensor]:
     losses: list[float] = []
     train = editor.train
 
-    def watched(upper, mask, index, fact):
-        losses.extend(train(upper, mask, index, fact))
+    def watched(rows, mask, index, fact):
+        losses.extend(train(rows, mask, index, fact))
         return losses
 
     editor.train = watched

@@ -42,6 +42,7 @@ class LayerPass:
         with trace(lm.model, [self.block, self.name], inputs=True, stop_at=self.block) as seen:
             lm.forward(encoding)
         self.entry, self.x, self.out = seen.input[self.block], seen.input[self.name], seen.output[self.name]
+        self.block_out = seen.output[self.block]
 
     def states(self, replace: Callable[[Tensor], Tensor]) -> Tensor:
         """Output of the last block (rows, tokens, m) when the module's output is `replace` of its own."""
@@ -58,11 +59,15 @@ class LayerPass:
 
     def log_probs(self, places: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
         """Log-probabilities (t,) of target tokens: places (t, 3) row, column that predicts, token."""
-        row, column, token = places.unbind(-1)
-        states = self.states(replace)
-        logits = self.lm.head(states[row.to(states.device), column.to(states.device)])
-        said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-        return said.gather(-1, token.to(said.device)[:, None])[:, 0]
+        return target_log_probs(self.lm, self.states(replace), places)
+
+
+def target_log_probs(lm: LM, states: Tensor, places: Tensor) -> Tensor:
+    """Log-probabilities (t,) of target tokens: states (rows, tokens, m), places (t, 3) row, column, token."""
+    row, column, token = places.unbind(-1)
+    logits = lm.head(states[row.to(states.device), column.to(states.device)])
+    said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return said.gather(-1, token.to(said.device)[:, None])[:, 0]
 
 
 def check_loss(method: str, loss: Tensor, step: int, lr: float) -> float:

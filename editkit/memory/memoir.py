@@ -27,7 +27,7 @@ from ..editors.base import register
 from ..errors import ConfigError, NumericsError, RequestError
 from ..facts import SLOT, Fact
 from ..locate.contexts import ContextTemplates, generate
-from ..locate.targets import encode_targets
+from ..locate.targets import TargetRows, encode_targets
 from ..models import LM
 from ..progress import bar
 from ..prompts import PromptState
@@ -35,7 +35,7 @@ from .base import MemoryEditor
 from .calibration import Null
 from .masks import MaskStore
 from .tophash import TopHash, check_k, draw_permutation, mean_features, random_masks
-from .training_rows import Upper
+from .training_rows import TrainingRows
 
 SHARE = 4096 / 14336  # columns per mask in the paper, as a share of the layer
 PREFIX_STARTS = ("I", "You", "Because", "Yes", "Q: ")
@@ -142,7 +142,7 @@ class Memoir(MemoryEditor):
         self.masks = MaskStore(self.d, device)
         self.mask_of_edit: list[int] = []  # equal masks are stored once, so that edit and mask may differ
         self.hash: TopHash | None = None
-        self._upper: Upper | None = None
+        self._last_rows: TrainingRows | None = None
 
     def memory(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self.hash is None:
@@ -225,13 +225,13 @@ class Memoir(MemoryEditor):
 
     def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
         self.prepare()
-        rows = encode_targets(self.lm, facts, self.contexts, token="last")
+        encoded = encode_targets(self.lm, facts, self.contexts, token="last")
         losses, steps, masks = [], [], []
         for i, fact in enumerate(bar(facts, self.name, unit="edit")):
-            upper = self._rows(rows, i)
-            mask = self.query(upper.feature, upper.state)[0]
+            rows = self._rows(encoded, i)
+            mask = self.query(rows.feature, rows.state)[0]
             index = self.masks.add(mask)
-            seen = self.train(upper, mask, index, fact)
+            seen = self.train(rows, mask, index, fact)
             self.mask_of_edit.append(index)
             masks.append(index)
             losses.append(seen[-1])
@@ -252,25 +252,25 @@ class Memoir(MemoryEditor):
         permutation = draw_permutation(self.d, cfg.seed) if cfg.permute else torch.arange(self.d)
         self.hash = TopHash(center, permutation.to(center.device), self.k)
 
-    def _rows(self, rows, i: int) -> Upper:
+    def _rows(self, encoded: TargetRows, i: int) -> TrainingRows:
         """The training rows of edit i, run once up to the memory's layer."""
-        encoding, positions, places = rows.take([i])
+        encoding, positions, places = encoded.take([i])
         state = PromptState(
             (torch.arange(encoding.input_ids.shape[1], device=positions.device) <= positions[:1, None]),
             encoding.attention_mask[:1].bool(), positions[:1] + 1, encoding.input_ids[:1], prefill=True,
         )  # fmt: skip
-        self._upper = Upper.of(self.lm, self.layer, encoding, places, state, like=self._upper)
-        return self._upper
+        self._last_rows = TrainingRows(self.lm, self.layer, encoding, places, state, like=self._last_rows)
+        return self._last_rows
 
-    def train(self, upper: Upper, mask: Tensor, index: int, fact: Fact) -> list[float]:
+    def train(self, rows: TrainingRows, mask: Tensor, index: int, fact: Fact) -> list[float]:
         """Gradient descent on the columns of one mask; returns the losses of the evaluated steps."""
         columns = mask.nonzero()[:, 0]
-        x = upper.x[..., columns].to(self.weight)
+        x = rows.x[..., columns].to(self.weight)
         start = self.weight[:, columns].clone()
         losses: list[float] = []
 
         def loss_of(weight: Tensor) -> Tensor:
-            return upper.loss(torch.nn.functional.linear(x, weight), self._extra)
+            return rows.loss(torch.nn.functional.linear(x, weight), self._extra)
 
         for own in self._descend(start, loss_of, losses, fact):
             self.step_weight(columns, own)

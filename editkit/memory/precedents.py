@@ -23,7 +23,7 @@ from ..editors.base import register
 from ..facts import Fact
 from .masks import pack, unpack
 from .memoir import Memoir, MemoirConfig, Route
-from .training_rows import Upper
+from .training_rows import TrainingRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,21 +61,21 @@ class PackNet(Memoir):
         edits = torch.tensor([last[i] for i in index.tolist()], dtype=torch.int64, device=self.owner.device)
         return (self.owner >= 0) & (self.owner <= edits[:, None])
 
-    def train(self, upper: Upper, mask: Tensor, index: int, fact: Fact) -> list[float]:
-        x = upper.x.to(self.weight)
+    def train(self, rows: TrainingRows, mask: Tensor, index: int, fact: Fact) -> list[float]:
+        x = rows.x.to(self.weight)
         free, losses = (self.owner < 0).nonzero()[:, 0], []
         fixed = linear(x * (self.owner >= 0), self.weight)
 
         def run(columns: Tensor) -> None:
             def loss_of(w: Tensor) -> Tensor:
-                return upper.loss(fixed + linear(x[..., columns], w), self._extra)
+                return rows.loss(fixed + linear(x[..., columns], w), self._extra)
 
             for own in self._descend(self.weight[:, columns].clone(), loss_of, losses, fact):
                 self.step_weight(columns, own)
 
         if not len(free):
             with torch.no_grad():
-                return [float(upper.loss(fixed, self._extra))]
+                return [float(rows.loss(fixed, self._extra))]
         run(free)
         best = self.weight[:, free].norm(dim=0).topk(min(self.config.keep, len(free))).indices
         kept = free[best.sort().values]
@@ -119,16 +119,16 @@ class GPM(Memoir):
     def columns(self, index: Tensor) -> Tensor:
         return torch.ones(len(index), self.d, dtype=torch.bool, device=self.weight.device)
 
-    def train(self, upper: Upper, mask: Tensor, index: int, fact: Fact) -> list[float]:
-        x, losses, B = upper.x.to(self.weight), [], self.basis
+    def train(self, rows: TrainingRows, mask: Tensor, index: int, fact: Fact) -> list[float]:
+        x, losses, B = rows.x.to(self.weight), [], self.basis
         every = torch.arange(self.d, device=x.device)
         steps = self._descend(
-            self.weight.clone(), lambda w: upper.loss(linear(x, w), self._extra), losses, fact,
+            self.weight.clone(), lambda w: rows.loss(linear(x, w), self._extra), losses, fact,
             project=lambda g: g - (g @ B) @ B.T,
         )  # fmt: skip
         for own in steps:
             self.step_weight(every, own)
-        self.basis = self._extend(x[upper.encoding.attention_mask.bool()])
+        self.basis = self._extend(x[rows.encoding.attention_mask.bool()])
         return losses
 
     def _extend(self, inputs: Tensor) -> Tensor:
@@ -203,15 +203,15 @@ class SupSup(Memoir):
         mask[scores.flatten().topk(keep).indices] = True
         return mask.view_as(scores)
 
-    def train(self, upper: Upper, mask: Tensor, index: int, fact: Fact) -> list[float]:
-        x, cfg = upper.x.to(self.weight), self.config
+    def train(self, rows: TrainingRows, mask: Tensor, index: int, fact: Fact) -> list[float]:
+        x, cfg = rows.x.to(self.weight), self.config
         scores, size = self.start.clone(), float(self.start.norm())
         losses: list[float] = []
         for step in range(cfg.steps + 1):
             chosen = self._best(scores)
             leaf = (self.weight * chosen).requires_grad_(True)
             with torch.enable_grad():
-                loss = upper.loss(linear(x, leaf), self._extra)
+                loss = rows.loss(linear(x, leaf), self._extra)
             losses.append(float(loss.detach()))
             self.entries[index] = pack(chosen.reshape(1, -1))
             if losses[-1] <= cfg.stop_loss or step == cfg.steps:
@@ -241,11 +241,11 @@ class SparCL(Memoir):
     def columns(self, index: Tensor) -> Tensor:
         return torch.ones(len(index), self.d, dtype=torch.bool, device=self.weight.device)
 
-    def train(self, upper: Upper, mask: Tensor, index: int, fact: Fact) -> list[float]:
-        x, losses = upper.x.to(self.weight), []
+    def train(self, rows: TrainingRows, mask: Tensor, index: int, fact: Fact) -> list[float]:
+        x, losses = rows.x.to(self.weight), []
 
         def loss_of(w: Tensor) -> Tensor:
-            return upper.loss(linear(x, w), self._extra)
+            return rows.loss(linear(x, w), self._extra)
 
         leaf = self.weight.clone().requires_grad_(True)
         with torch.enable_grad():

@@ -26,9 +26,6 @@ from .tophash import TopHash, draw_permutation, mean_features_of
 
 # name on the pages -> probes of a fact
 GROUPS = ("edit prompt", "rephrase", "same subject", "neighbor", "unrelated fact")
-# For the companion: the last of the layers that interchange finds the facts in, and the threshold that about 5 % of its
-# unrelated prompts reach with 20 edits stored (notebooks/memoir_routing.ipynb); it has to rise with the number of edits.
-COMPANION = {"layer": 3, "threshold": 0.64}
 SCORED = ("efficacy", "paraphrase", "locality", "neighborhood", "same_subject")
 
 
