@@ -115,12 +115,10 @@ def chosen_run(runs: Runs, aliases: Iterable[str]) -> str | None:
     return next((alias for alias in aliases if alias in runs.manifest), None)
 
 
-def quote(runs: Runs, alias: str | None, key: str) -> Quoted | None:
+def quote(runs: Runs, alias: str, key: str) -> Quoted | None:
     """The value of `key` in a run, or of "alias:key" in another one; None if it is not there."""
     if ":" in key:
         alias, key = key.split(":", 1)
-    if alias is None:
-        return None
     try:
         record, sidecar, alias, which = runs.item(f"{alias}:{key}", "values")
     except Lookup:
@@ -142,13 +140,16 @@ def examine(item: dict, runs: Runs) -> tuple[str, str | None, list[Checked]]:
     """(verdict, alias of the run used, the checks) of one item."""
     if "not_testable" in item:
         return UNTESTABLE, None, []
-    alias = chosen_run(runs, item["runs"])
     found = []
     for check in item["checks"]:
-        ours = quote(runs, alias, check["ours"])
-        versus = quote(runs, alias, check["versus"]) if "versus" in check else None
+        ours = versus = None
+        for alias in item["runs"]:  # the best run that recorded what this comparison needs
+            ours = quote(runs, alias, check["ours"])
+            versus = quote(runs, alias, check["versus"]) if "versus" in check else None
+            if ours is not None and ("versus" not in check or versus is not None):
+                break
         found.append(Checked(check, _result(check, ours, versus), ours, versus))
-    return verdict([c.result for c in found]), alias, found
+    return verdict([c.result for c in found]), chosen_run(runs, item["runs"]), found
 
 
 def _result(check: dict, ours: Quoted | None, versus: Quoted | None) -> str:

@@ -222,6 +222,9 @@ _REFERENCE_PAGE = """# {title}
 This run was not executed for this copy of the book. Shown are the committed reference results.
 ```
 
+```{{run-parameters}} {alias}
+```
+
 ```{{run-results}} {alias}
 ```
 
