@@ -97,3 +97,10 @@ def test_the_search_index_knows_methods_and_terms():
     index = (whole_book() / "searchindex.js").read_text(encoding="utf-8")
     for word in ("memit", "alphaedit", "entangl", "make_editor", "second_mo"):
         assert word in index.lower(), f"search does not find {word}"
+
+
+def test_the_reference_covers_every_package():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "book" / "api").glob("*.md"))
+    for init in sorted((ROOT / "editkit").glob("*/__init__.py")):
+        name = init.parent.name
+        assert f"```{{api}} editkit.{name}\n" in text, f"book/api/ has no page for editkit.{name}"
