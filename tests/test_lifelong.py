@@ -136,14 +136,26 @@ def test_a_killed_stream_goes_on(tiny_lm, facts, tmp_path, name):
 
     killed = make()
     with pytest.raises(KeyboardInterrupt):
-        streams.edit_one_by_one(killed, facts, [2, 4], die, checkpoint=path)
+        streams.edit_one_by_one(killed, facts, [2, 4], die, checkpoint=path, every=1)
     killed.restore()
     seen: list[int] = []
     again = make()
     streams.edit_one_by_one(again, facts, [2, 4], seen.append, checkpoint=path)
-    assert seen == [4]
+    assert seen == [2, 4]
     assert all(torch.equal(again.state_dict()[k], v) for k, v in expected.items())
     again.restore()
+
+
+def test_a_finished_stream_is_not_edited_again(tiny_lm, facts, tmp_path):
+    lm, path = tiny_lm("llama"), tmp_path / "retrieval-1.safetensors"
+
+    def scores():
+        editor = make_editor("retrieval", lm, background=TEXTS, layer=0)
+        return streams.stream_scores(lm, editor, stream_facts(facts), [1, 3], checkpoint=path)
+
+    (first, cost), (again, later) = scores(), scores()
+    pd.testing.assert_frame_equal(first, again, check_dtype=False, check_exact=False)
+    assert cost["bytes"] == later["bytes"] > 0
 
 
 @pytest.mark.parametrize("counts", [[], [0], [2, 1], [1, 9]])

@@ -82,8 +82,12 @@ def question_streams(
     n_paraphrases: int = 2,
     n_protected: int = 3,
     n_same_subject: int = 0,
+    relations: Sequence[str] | None = None,
 ) -> Streams:
-    """Short questions: corpus "world" (edits of the companion's world) or "zsre" (the real file, EasyEdit form)."""
+    """Short questions: corpus "world" (edits of the companion's world) or "zsre" (the real file, EasyEdit form).
+
+    relations: edited relations of the world (None: all that can be edited).
+    """
     if corpus == "zsre":
         from ..corpora import zsre
 
@@ -96,7 +100,7 @@ def question_streams(
 
     def make(seed: int) -> list[Fact]:
         return edit_facts(
-            world, n, seed, n_paraphrases=n_paraphrases, n_neighbors=n_protected, n_locality=n_protected,
+            world, n, seed, relations, n_paraphrases=n_paraphrases, n_neighbors=n_protected, n_locality=n_protected,
             n_same_subject=n_same_subject,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ def edit_one_by_one(
     """Edit facts one at a time; call look(number so far) after each of `counts` edits. Returns seconds of editing.
 
     checkpoint: file in which the stream is saved after every `every` edits and at each count; a stream found there
-    goes on where it was killed (and is not looked at again before that). Raises ConfigError for counts that are
+    goes on where it was saved last (and is not looked at again before that). Raises ConfigError for counts that are
     not increasing or beyond the facts.
     """
     counts = list(counts)
@@ -49,10 +49,10 @@ def edit_one_by_one(
         start = time.perf_counter()
         editor.edit([facts[i]])
         seconds += time.perf_counter() - start
+        if i + 1 in counts:
+            look(i + 1)  # before the checkpoint: what is saved has been looked at
         if checkpoint is not None and ((i + 1) % every == 0 or i + 1 in counts):
             editor.save(checkpoint)
-        if i + 1 in counts:
-            look(i + 1)
     return seconds
 
 
@@ -69,23 +69,37 @@ def stream_scores(
 
     Protocol of EasyEdit and MEMOIR: teacher-forced token accuracy of the answer; on the axes that must not change
     agreement with the unedited model's tokens. Returns rows of `scoring.score` with a column edits, and the cost:
-    seconds_per_edit, bytes (of a memory; 0 for weights).
+    seconds_per_edit (of the edits made in this call), bytes (of a memory; 0 for weights).
+    checkpoint: see `edit_one_by_one`; scores are kept beside it.
     """
     baseline = Baseline.of(lm, facts[: counts[-1]], axes)
     tables: list[pd.DataFrame] = []
-    cost = {"bytes": 0.0}
+
+    def kept(n: int) -> Path | None:
+        return None if checkpoint is None else checkpoint.with_suffix(f".{n}.csv")
 
     def look(n: int) -> None:
         table = score(lm, facts[:n], "easyedit", axes, baseline=baseline)
         table.insert(0, "edits", n)
+        if checkpoint is not None:
+            table.to_csv(kept(n), index=False)
         tables.append(table)
-        cost["bytes"] = float(getattr(editor, "n_bytes", 0))
 
+    resumed = checkpoint is not None and checkpoint.exists()
     try:
         seconds = edit_one_by_one(editor, facts, counts, look, checkpoint=checkpoint)
+        made = counts[-1]
+        if resumed:
+            seen = {int(t["edits"].iloc[0]) for t in tables}
+            earlier = [n for n in counts if n not in seen]
+            tables = [
+                pd.read_csv(kept(n), dtype={"fact_id": str}).fillna({"kind": ""}) for n in earlier
+            ] + tables
+            made = max(1, counts[-1] - max(earlier, default=0))
+        size = float(getattr(editor, "n_bytes", 0))
     finally:
         editor.restore()
-    return pd.concat(tables, ignore_index=True), {"seconds_per_edit": seconds / counts[-1], **cost}
+    return pd.concat(tables, ignore_index=True), {"seconds_per_edit": seconds / made, "bytes": size}
 
 
 def summary(
