@@ -93,7 +93,7 @@ def stream_scores(
             seen = {int(t["edits"].iloc[0]) for t in tables}
             earlier = [n for n in counts if n not in seen]
             tables = [
-                pd.read_csv(kept(n), dtype={"fact_id": str}).fillna({"kind": ""}) for n in earlier
+                pd.read_csv(kept(n), converters={"fact_id": str, "kind": str}) for n in earlier
             ] + tables
             made = max(1, counts[-1] - max(earlier, default=0))
         size = float(getattr(editor, "n_bytes", 0))
