@@ -227,6 +227,12 @@ def test_training_facts_share_nothing_with_the_test(facts, records):
     assert all(p != "The weather is" for r in kept for p, _ in r.unrelated)
     with pytest.raises(DataError, match="no training record"):
         disjoint(records[:1], test)
+    other = dataclasses.replace(
+        records[0], edit=("Ana Silva plays the", "violin"), paraphrases=(("Ana Silva can", "violin"),)
+    )
+    assert len(disjoint([other, *records], test, by="fact")) == len(records)
+    with pytest.raises(ConfigError, match="by"):
+        disjoint(records, test, by="moon")
 
 
 def test_released_target_field_is_the_true_object(facts):

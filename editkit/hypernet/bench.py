@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..facts import Fact
 from ..models import LM
 from ..scoring.stats import Interval, bootstrap_mean
-from .data import EditRecord, TargetField, disjoint, records_of
+from .data import Apart, EditRecord, TargetField, disjoint, records_of
 from .network import METHODS, Hypernetwork, make_hypernetwork
 from .training import Trainer
 
@@ -73,13 +73,14 @@ def training_records(
     target: TargetField = "target_new",
     n: int = 300,
     draws: int = 3,
+    by: Apart = "subject",
 ) -> list[EditRecord]:
     """Training records from `draws` draws of n edits each, disjoint from the test facts.
 
-    target: "target_new", or "ground_truth" as the published HORSE code reads CounterFact.
+    target: "target_new", or "ground_truth" as the published HORSE code reads CounterFact.   by: see `disjoint`.
     """
     facts = [f for k in range(draws) for f in world_facts(world, n, 1000 + draws * seed + k)]
-    return disjoint(records_of(facts, target), test)
+    return disjoint(records_of(facts, target), test, by=by)
 
 
 def train(

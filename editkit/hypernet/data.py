@@ -23,6 +23,7 @@ from ..scoring.engine import pad_rows, split_tokens
 Pair = tuple[str, str]
 Tokens = Literal["answer", "all"]
 TargetField = Literal["target_new", "ground_truth"]
+Apart = Literal["subject", "fact"]
 IGNORED = -100
 
 
@@ -135,13 +136,18 @@ def records_of(facts: Sequence[Fact], target: TargetField = "target_new") -> lis
     return records
 
 
-def disjoint(records: Sequence[EditRecord], test: Sequence[Fact]) -> list[EditRecord]:
+def disjoint(
+    records: Sequence[EditRecord], test: Sequence[Fact], *, by: Apart = "subject"
+) -> list[EditRecord]:
     """The training records that share nothing with the facts of a test.
 
-    Records about an edited subject of the test are dropped, and unrelated pairs whose prompt any probe of the
-    test asks. Raises DataError if nothing is left.
+    by: "subject" drops every record about an edited subject of the test; "fact", for tests that edit nearly all
+        subjects, only those that ask what a probe of the test asks.
+    Unrelated pairs whose prompt the test asks are dropped in both. Raises DataError if nothing is left.
     """
-    subjects = {f.subject for f in test}
+    if by not in ("subject", "fact"):
+        raise ConfigError(f"by = {by!r}; choose 'subject' or 'fact'")
+    subjects = {f.subject for f in test} if by == "subject" else set()
     asked = {f.text for f in test} | {p for f in test for p in f.paraphrases}
     for fact in test:
         for axis in (fact.neighborhood, fact.locality, fact.same_subject, fact.consequences):
@@ -154,7 +160,8 @@ def disjoint(records: Sequence[EditRecord], test: Sequence[Fact]) -> list[EditRe
             kept.append(dataclasses.replace(record, unrelated=unrelated))
     if not kept:
         raise DataError(
-            "no training record is left beside the test facts; draw more of them or test fewer facts"
+            "no training record is left beside the test facts; draw more of them, test fewer facts, or keep them "
+            "apart by fact only (by='fact')"
         )
     return kept
 
