@@ -82,7 +82,7 @@ def stream_scores(
         table = score(lm, facts[:n], "easyedit", axes, baseline=baseline)
         table.insert(0, "edits", n)
         if checkpoint is not None:
-            table.to_csv(kept(n), index=False)
+            table.to_csv(kept(n), index=False, na_rep="nan")
         tables.append(table)
 
     resumed = checkpoint is not None and checkpoint.exists()
@@ -93,7 +93,8 @@ def stream_scores(
             seen = {int(t["edits"].iloc[0]) for t in tables}
             earlier = [n for n in counts if n not in seen]
             tables = [
-                pd.read_csv(kept(n), converters={"fact_id": str, "kind": str}) for n in earlier
+                pd.read_csv(kept(n), dtype={"fact_id": str}, na_values=["nan"], keep_default_na=False)
+                for n in earlier
             ] + tables
             made = max(1, counts[-1] - max(earlier, default=0))
         size = float(getattr(editor, "n_bytes", 0))
