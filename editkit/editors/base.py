@@ -8,7 +8,6 @@ by `save`.
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +15,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import Config, check_known
-from ..errors import ConfigError, DataError, ModelError, NumericsError
+from ..errors import ConfigError, ModelError, NumericsError
 from ..facts import Fact, validate_facts
 from ..locate.contexts import ContextTemplates
 from ..models import LM
 from ..statistics import Covariance
+from ..stored import read_stored, refuse_other_options, write_stored
 from .delta import Delta, carries, cast_loss, describe_facts, snapshot, write
 
 _FORMAT = "editkit-editor-1"
@@ -157,8 +155,6 @@ class Editor(ABC):
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write weights, masters and history, so that `load` continues the stream to the same bits."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         names = self.parameter_names()
         values, tensors = self.history()
         tensors = {f"history:{k}": v for k, v in tensors.items()}
@@ -170,11 +166,7 @@ class Editor(ABC):
             "n_facts": self.n_facts, "history": values,
             "contexts": None if self.contexts is None else self.contexts.groups,
         }  # fmt: skip
-        part = path.with_name(path.name + ".part")
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        save_file(tensors, part, metadata={"format": _FORMAT, "editor": json.dumps(meta)})
-        os.replace(part, path)
-        return path
+        return write_stored(path, tensors, meta, form=_FORMAT, key="editor")
 
     def load(self, path: str | os.PathLike) -> None:
         """Continue a saved stream: takes over history and contexts and writes the saved weights into the
@@ -183,24 +175,10 @@ class Editor(ABC):
         Raises DataError for a file of another kind, ConfigError if editor or options differ, ModelError if
         the stream belongs to another model.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                found = file.metadata() or {}
-                if found.get("format") != _FORMAT:
-                    raise DataError(f"{path} is not the state of an editor; save it with Editor.save")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read the editor state {path}: {error}") from error
-        meta = json.loads(found["editor"])
-        mine = self.config.to_dict()
-        differ = [k for k in sorted({*mine, *meta["config"]}) if mine.get(k) != meta["config"].get(k)]
-        if meta["editor"] != self.name or differ:
-            what = (
-                f"editor {meta['editor']!r}"
-                if meta["editor"] != self.name
-                else ", ".join(f"{k} = {meta['config'].get(k)!r} (here {mine.get(k)!r})" for k in differ)
-            )
-            raise ConfigError(f"the saved stream was made with {what}; make the editor with the same options")
+        meta, tensors = read_stored(
+            path, form=_FORMAT, key="editor", what="the state of an editor", saver="Editor.save"
+        )
+        refuse_other_options("stream", self.name, self.config.to_dict(), meta["editor"], meta["config"])
         contexts = None if meta["contexts"] is None else ContextTemplates.of(meta["contexts"])
         if self.contexts is not None and contexts is not None and self.contexts != contexts:
             raise ConfigError("the saved stream used other context templates; pass the same, or none")

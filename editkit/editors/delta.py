@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, ModelError
+from ..errors import ConfigError, ModelError
 from ..facts import Fact
 from ..models import LM
+from ..stored import read_stored, write_stored
 
 _FORMAT = "editkit-delta-1"
 _FACT_FIELDS = ("case_id", "prompt", "subject", "target")
@@ -174,39 +172,25 @@ class Delta:
         """Write as one safetensors file: tensors before:NAME and after:NAME, everything else as JSON
         metadata.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{part}:{k}": v.cpu().contiguous()
-            for part in ("before", "after")
-            for k, v in getattr(self, part).items()
-        }
+        tensors = {f"{part}:{k}": v for part in ("before", "after") for k, v in getattr(self, part).items()}
         rest = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
             if f.name not in ("before", "after")
         }
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata={"format": _FORMAT, "delta": json.dumps(rest, sort_keys=True)})
-        os.replace(part, path)
-        return path
+        return write_stored(path, tensors, rest, form=_FORMAT, key="delta")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Delta:
         """Read what `save` wrote; raises DataError naming the file otherwise."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != _FORMAT:
-                    raise DataError(f"{path} is not an edit saved by editkit; save it with Delta.save")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read the edit {path}: {error}") from error
+        meta, tensors = read_stored(
+            path, form=_FORMAT, key="delta", what="an edit saved by editkit", saver="Delta.save"
+        )
         parts: dict[str, dict[str, Tensor]] = {"before": {}, "after": {}}
         for key, value in tensors.items():
             part, _, name = key.partition(":")
             parts[part][name] = value
-        return cls(**parts, **json.loads(meta["delta"]))
+        return cls(**parts, **meta)
 
     def merge(self, lm: LM, out_dir: str | os.PathLike) -> Path:
         """Write the edited model and its tokenizer as a Hugging Face checkpoint; `lm` is left as it was

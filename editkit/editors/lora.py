@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import Config, option
+from ..device import is_accelerator
 from ..errors import ConfigError, ModelError, NumericsError
 from ..facts import Fact
 from ..hooks import submodule
@@ -184,8 +185,9 @@ def _adapted(
     flags = [(p, p.requires_grad) for p in lm.model.parameters()]
     modules = {name: submodule(lm.model, name) for name in names}
     known = set(vars(lm.model))
-    devices = [d for d in {p.device for p, _ in flags} if d.type == "cuda"]
-    with torch.random.fork_rng(devices=devices):
+    devices = [d for d in {p.device for p, _ in flags} if is_accelerator(d)]
+    kind = {"device_type": devices[0].type} if devices else {}
+    with torch.random.fork_rng(devices=devices, **kind):
         torch.manual_seed(cfg.seed * 1_000_003 + edits)
         conv = isinstance(next(iter(modules.values())), Conv1D)
         try:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..config import check_known
+from ..device import is_accelerator
 from ..errors import ConfigError
 from ..facts import Fact
 from ..models import LM
@@ -93,15 +94,15 @@ def measure_task(
 def _peak(call: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:
     """Rise of the peak memory in bytes, wall seconds, processor seconds of a call."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        base = torch.cuda.memory_allocated(device)
+    if is_accelerator(device):
+        torch.accelerator.synchronize(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        base = torch.accelerator.memory_allocated(device)
         start, busy = time.perf_counter(), time.process_time()
         call()
-        torch.cuda.synchronize(device)
+        torch.accelerator.synchronize(device)
         seconds = time.perf_counter() - start, time.process_time() - busy
-        return float(torch.cuda.max_memory_allocated(device) - base), *seconds
+        return float(torch.accelerator.max_memory_allocated(device) - base), *seconds
     _trim()
     with _Resident() as memory:
         start, busy = time.perf_counter(), time.process_time()

@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import Config, check_known, option
 from ..errors import ConfigError, DataError, ModelError
 from ..models import LM
+from ..stored import read_stored, write_stored
 from .data import Tokens
 from .normalizer import Moments, RunningMoments
 from .sites import Site, find_sites
@@ -226,17 +225,11 @@ class Hypernetwork(nn.Module):
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> Path:
         """Write as safetensors. dtype: store the weights in this type (the normaliser keeps float64)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
-            k: (v if dtype is None or ".normalizer." in k else v.to(dtype)).detach().cpu().contiguous()
+            k: v if dtype is None or ".normalizer." in k else v.to(dtype)
             for k, v in self.state_dict().items()
         }
-        meta = {"format": _FORMAT, "hypernetwork": json.dumps(self.describe(), sort_keys=True)}
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata=meta)
-        os.replace(part, path)
-        return path
+        return write_stored(path, tensors, self.describe(), form=_FORMAT, key="hypernetwork")
 
 
 METHODS: dict[str, type[Hypernetwork]] = {}
@@ -261,15 +254,9 @@ def load_hypernetwork(path: str | os.PathLike, lm: LM) -> Hypernetwork:
 
     Raises DataError for a file of another kind, ModelError for another model.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            found = file.metadata() or {}
-            if found.get("format") != _FORMAT:
-                raise DataError(f"{path} is not a hypernetwork; save it with Hypernetwork.save")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read the hypernetwork {path}: {error}") from error
-    meta = json.loads(found["hypernetwork"])
+    meta, tensors = read_stored(
+        path, form=_FORMAT, key="hypernetwork", what="a hypernetwork", saver="Hypernetwork.save"
+    )
     check_known([meta["method"]], sorted(METHODS), "hypernetwork method")
     known = dict(lm.model.named_modules())
     missing = [s["path"] for s in meta["sites"] if s["path"] not in known]

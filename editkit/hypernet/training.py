@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from ..config import Config, option
-from ..errors import ConfigError, DataError, NumericsError
+from ..errors import ConfigError, NumericsError
 from ..models import LM
 from ..progress import bar
+from ..stored import read_stored, write_stored
 from .cache import RowFiles, RowMemory, check_memory, count_rows
 from .data import (
     Draw,
@@ -312,8 +311,6 @@ class Trainer:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write network, normaliser, Adam's state and the log, so that `load` continues to the same bits."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"net:{k}": v for k, v in self.net.state_dict().items()}
         for k, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam:{k}:{name}": torch.as_tensor(v) for name, v in state.items()}
@@ -321,28 +318,20 @@ class Trainer:
             "net": self.net.describe(), "config": self.config.to_dict(),
             "log": [dataclasses.astuple(entry) for entry in self.log], "since": self._since, "model": self._model,
         }  # fmt: skip
-        part = path.with_name(path.name + ".part")
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        save_file(tensors, part, metadata={"format": _FORMAT, "training": json.dumps(meta)})
-        os.replace(part, path)
-        return path
+        return write_stored(path, tensors, meta, form=_FORMAT, key="training")
 
     def load(self, path: str | os.PathLike) -> None:
         """Continue a saved training. Raises DataError for another kind of file, ConfigError if method, options
         or model differ.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                found = file.metadata() or {}
-                if found.get("format") != _FORMAT:
-                    raise DataError(f"{path} is not a training checkpoint; save it with Trainer.save")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read the checkpoint {path}: {error}") from error
-        meta = json.loads(found["training"])
+        meta, tensors = read_stored(
+            path, form=_FORMAT, key="training", what="a training checkpoint", saver="Trainer.save"
+        )
         mine = {**self.net.describe(), **self.config.to_dict()}
         other = {**meta["net"], **meta["config"]}
-        differ = [k for k in mine if json.dumps(mine[k]) != json.dumps(other.get(k))]
+        differ = [
+            k for k in mine if json.dumps(mine[k], sort_keys=True) != json.dumps(other.get(k), sort_keys=True)
+        ]
         if differ:
             raise ConfigError(
                 f"the checkpoint was made with another {', '.join(differ)}; make network and trainer as then, "

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..device import synchronize
 from ..errors import ConfigError
 from ..facts import Fact
 from ..models import LM
@@ -134,8 +135,7 @@ def inference_seconds(lm: LM, texts: Sequence[str], repeats: int = 5) -> float:
     for _ in range(repeats + 1):
         start = time.perf_counter()
         lm.forward(encoding)
-        if lm.device().type == "cuda":
-            torch.cuda.synchronize(lm.device())
+        synchronize(lm.device())
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:]))
 

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import Config
@@ -38,6 +36,7 @@ from ..hooks import frozen, hidden, submodule, with_hidden
 from ..locate.contexts import ContextTemplates, generate
 from ..models import LM
 from ..prompts import PromptReader, PromptState, readers
+from ..stored import read_stored, refuse_other_options, write_stored
 
 _FORMAT = "editkit-memory-1"
 _BACKGROUND = (100, 12)  # texts and their tokens, when the caller gives none
@@ -241,17 +240,12 @@ class MemoryEditor(ABC):
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the memory as one safetensors file, so that `load` continues the stream to the same bits."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
             "editor": self.name, "config": self.config.to_dict(), "base": self._start or self._fingerprint(),
             "n_facts": self.n_facts, "values": self.memory()[0],
             "contexts": None if self.contexts is None else self.contexts.groups,
         }  # fmt: skip
-        part = path.with_name(path.name + ".part")
-        save_file(self.state_dict(), part, metadata={"format": _FORMAT, "editor": json.dumps(meta)})
-        os.replace(part, path)
-        return path
+        return write_stored(path, self.state_dict(), meta, form=_FORMAT, key="editor")
 
     def load(self, path: str | os.PathLike) -> None:
         """Take over a saved memory, in place of what is remembered now, and attach it.
@@ -260,15 +254,7 @@ class MemoryEditor(ABC):
         the memory belongs to another model.
         """
         meta, tensors = _read_file(path)
-        mine = self.config.to_dict()
-        differ = [k for k in sorted({*mine, *meta["config"]}) if mine.get(k) != meta["config"].get(k)]
-        if meta["editor"] != self.name or differ:
-            what = (
-                f"editor {meta['editor']!r}"
-                if meta["editor"] != self.name
-                else ", ".join(f"{k} = {meta['config'].get(k)!r} (here {mine.get(k)!r})" for k in differ)
-            )
-            raise ConfigError(f"the saved memory was made with {what}; make the editor with the same options")
+        refuse_other_options("memory", self.name, self.config.to_dict(), meta["editor"], meta["config"])
         contexts = None if meta["contexts"] is None else ContextTemplates.of(meta["contexts"])
         if self.contexts is not None and contexts is not None and self.contexts != contexts:
             raise ConfigError("the saved memory used other context templates; pass the same, or none")
@@ -357,15 +343,9 @@ def open_memory(path: str | os.PathLike, lm: LM) -> MemoryEditor:
 
 
 def _read_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            found = file.metadata() or {}
-            if found.get("format") != _FORMAT:
-                raise DataError(f"{path} is not a memory saved by editkit; save it with MemoryEditor.save")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read the memory {path}: {error}") from error
-    return json.loads(found["editor"]), tensors
+    return read_stored(
+        path, form=_FORMAT, key="editor", what="a memory saved by editkit", saver="MemoryEditor.save"
+    )
 
 
 def _check_background(texts: Sequence[str] | None) -> list[str] | None:
