@@ -22,6 +22,7 @@ from editkit.runs.format import format_value
 from editkit.runs.inputs import input_record, prepare
 from editkit.runs.layout import Layout
 from editkit.runs.quote import Lookup, Runs
+from editkit.runs.reference import references
 from editkit.runs.study import load_study
 
 pytestmark = pytest.mark.xdist_group("book")
@@ -453,3 +454,19 @@ def test_quoted_numbers_agree_with_the_formatter():
     for target in ("a", "a:", ":k", "a@reference:k", "b:k"):
         with pytest.raises(Lookup):
             runs.item(target, "values")
+
+
+# References made before the runner silenced tqdm's note about widgets. A new reference leaves this list.
+NOISY = {
+    "clare-applications", "clare-graph", "horse-cost", "horse-main", "horse-main-200", "labyrinth-ability",
+    "labyrinth-ability-long", "labyrinth-ablation", "labyrinth-conflicts", "labyrinth-exactness", "labyrinth-tables",
+}  # fmt: skip
+
+
+def test_reference_runs_wrote_nothing_to_stderr():
+    noisy = {
+        sidecar["alias"]: sidecar["stderr_cells"]
+        for sidecar, _ in references(Layout(ROOT)).values()
+        if sidecar["stderr_cells"]
+    }
+    assert not set(noisy) - NOISY, "the cells of these notebooks print warnings or progress bars"
