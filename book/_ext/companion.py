@@ -35,9 +35,10 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from editkit.runs.book import MANIFEST, PAGES
 from editkit.runs.format import format_number, format_value
-from editkit.runs.quote import Lookup, Runs, origin
+from editkit.runs.quote import Lookup, Runs, agreement, origin, other_execution
 
 logger = logging.getLogger(__name__)
+_CODE = re.compile(r"(`[^`\n]+`)")
 MATHJAX = "tex-svg-full.js"  # one self-contained file: no fonts, no further requests
 
 
@@ -117,13 +118,25 @@ class Val(SphinxRole):
         if record["n"] is not None:
             notes.append(f"n = {record['n']:,}")
         notes += [record["note"]] if record["note"] else []
+        apart = False
+        if which == "run" and (other := self.reference(alias, target)) is not None:
+            notes.append(f"reference run: {format_value(other)}")
+            apart = agreement(record, other) == "apart"
         uri = self.env.app.builder.get_relative_uri(self.env.docname, f"{PAGES}/{alias}")
         node = nodes.reference(
             "", text, refuri=uri, internal=True, classes=["ek-val"], reftitle="; ".join(notes)
         )
         node["companion"] = {"alias": alias, "which": which, "key": target.split(":", 1)[1].strip()}
         mark = [nodes.superscript("", "ref")] if which == "reference" else []
+        if apart:  # the table under the page has both values (beside.py)
+            mark = [nodes.superscript("", "≠ref", classes=["ek-apart"])]
         return [node, *mark], []
+
+    def reference(self, alias: str, target: str) -> dict | None:
+        """The committed reference's record of the same number, where it is another execution."""
+        entry = self.env.app.companion_runs.manifest[alias]
+        key = target.split(":", 1)[1].strip()
+        return entry["reference"]["values"].get(key) if other_execution(entry) else None
 
 
 class RunFigure(Base):
@@ -136,6 +149,7 @@ class RunFigure(Base):
         record, sidecar, alias, which = self.runs.item(self.arguments[0], "figures", self.page)
         svg = self.file(alias, which, record["file"]).read_text(encoding="utf-8")
         figure = nodes.figure("", classes=["ek-figure", *self.options.get("class", [])])
+        figure["companion"] = {"alias": alias, "which": which, "key": None}
         figure += nodes.raw("", svg, format="html")
         caption = nodes.caption("", "")
         if self.content:
@@ -165,6 +179,7 @@ class RunTable(Base):
         places = [record["columns"].index(c) for c in wanted]
         body = [[cell(row[i], record["fmt"].get(record["columns"][i])) for i in places] for row in rows[1:]]
         table = make_table(wanted, body)
+        table["companion"] = {"alias": alias, "which": which, "key": None}
         title = nodes.title("", "")
         if self.content:
             title += self.parse_inline(" ".join(self.content), lineno=self.content_offset)[0]
@@ -183,6 +198,15 @@ def cell(text: str, spec: str | None) -> str:
         except ValueError:
             continue
     return {"": "n/a", "True": "yes", "False": "no"}.get(text, text)
+
+
+def coded(text: str) -> list[nodes.Node]:
+    """Text with `code` set as code."""
+    return [
+        nodes.literal("", part[1:-1]) if part.startswith("`") and len(part) > 2 else nodes.Text(part)
+        for part in _CODE.split(text)
+        if part
+    ]
 
 
 def make_table(head: list[str], body: list[list[str | list[nodes.Node]]], classes=()) -> nodes.table:
@@ -215,7 +239,7 @@ class RunParameters(Base):
         for p in sidecar["parameters"]:
             value, default = (nodes.literal("", json.dumps(p[key])) for key in ("value", "default"))
             shown = nodes.strong("", "", value) if p["value"] != p["default"] else value
-            body.append([[nodes.literal("", p["name"])], p["type"], [shown], [default], p["help"]])
+            body.append([[nodes.literal("", p["name"])], p["type"], [shown], [default], coded(p["help"])])
         return [make_table(head, body, ["ek-parameters"])] if body else []
 
 
@@ -269,16 +293,18 @@ class Provenance(Base):
         return git["commit"] + (" (executed before it, with equal inputs)" if git.get("later") else "")
 
     def downloads(self, alias: str, which: str, sidecar: dict) -> nodes.paragraph:
-        files = [("sidecar (JSON)", "run.json")]
-        if which == "run":
-            files.insert(0, ("executed notebook", f"{sidecar['run_id']}.ipynb"))
-            files.insert(1, ("runnable notebook", Path(sidecar["notebook"]).name))
+        files = [("executed notebook", f"{sidecar['run_id']}.ipynb")] if which == "run" else []
+        files.append(("sidecar (JSON)", "run.json"))
         files += [(f"table {name}", t["file"]) for name, t in sidecar["tables"].items()]
         files += [(f"data of {name}", f["data"]) for name, f in sidecar["figures"].items() if f["data"]]
         line = nodes.paragraph("", "Download: ")
         for i, (text, file) in enumerate(files):
             line += [nodes.Text(" · ")] if i else []
             line += self.link(text, self.url(alias, which, file), classes=["ek-download"])
+        runnable = Path(sidecar["notebook"]).name  # of both kinds of run in the run's own folder
+        if self.file(alias, "run", runnable).is_file():
+            link = self.link("runnable notebook", self.url(alias, "run", runnable), classes=["ek-download"])
+            line += [nodes.Text(" · "), link]
         return line
 
 
@@ -295,7 +321,7 @@ class RunResults(Base):
                     [nodes.literal("", key)],
                     format_value(v),
                     f"{v['n']:,}" if v["n"] is not None else "",
-                    v["note"],
+                    coded(v["note"]),
                 ]
                 for key, v in sidecar["values"].items()
             ]
@@ -360,7 +386,7 @@ def setup(app: Sphinx) -> dict:
         "provenance": Provenance, "run-results": RunResults, "run-list": RunList, "run-explorer": RunExplorer,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
-    for more in ("ledger", "apidoc", "theme"):
+    for more in ("ledger", "apidoc", "theme", "beside"):
         app.setup_extension(more)
     app.connect("builder-inited", load_runs)
     app.connect("builder-inited", copy_mathjax)
