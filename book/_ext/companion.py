@@ -30,6 +30,7 @@ from typing import ClassVar
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
+from sphinx.errors import NoUri
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -51,6 +52,14 @@ def page_alias(docname: str) -> str | None:
     """The alias whose page this is, if it is the page of a run."""
     head, _, tail = docname.partition("/")
     return tail if head == PAGES and tail != "index" else None
+
+
+def run_uri(env, alias: str) -> str:
+    """Address of a run's page from the page at hand; in the PDF, which has no such pages, nothing."""
+    try:
+        return env.app.builder.get_relative_uri(env.docname, f"{PAGES}/{alias}")
+    except NoUri:
+        return ""
 
 
 class Base(SphinxDirective):
@@ -83,7 +92,7 @@ class Base(SphinxDirective):
         return nodes.reference("", text, refuri=url, internal=True, **attributes)
 
     def run_link(self, alias: str, text: str) -> nodes.reference:
-        return self.link(text, self.env.app.builder.get_relative_uri(self.env.docname, f"{PAGES}/{alias}"))
+        return self.link(text, run_uri(self.env, alias))
 
     def named(self, node: nodes.Element) -> nodes.Element:
         self.add_name(node)
@@ -122,9 +131,8 @@ class Val(SphinxRole):
         if which == "run" and (other := self.reference(alias, target)) is not None:
             notes.append(f"reference run: {format_value(other)}")
             apart = agreement(record, other) == "apart"
-        uri = self.env.app.builder.get_relative_uri(self.env.docname, f"{PAGES}/{alias}")
         node = nodes.reference(
-            "", text, refuri=uri, internal=True, classes=["ek-val"], reftitle="; ".join(notes)
+            "", text, refuri=run_uri(self.env, alias), internal=True, classes=["ek-val"], reftitle="; ".join(notes)
         )
         node["companion"] = {"alias": alias, "which": which, "key": target.split(":", 1)[1].strip()}
         mark = [nodes.superscript("", "ref")] if which == "reference" else []
@@ -363,6 +371,8 @@ def load_runs(app: Sphinx) -> None:
 
 def copy_mathjax(app: Sphinx) -> None:
     """Put MathJax into the book: it is read without network."""
+    if app.builder.format != "html":
+        return
     found = [f for f in metadata.files("sphinx-mathjax-offline") or () if f.name == MATHJAX]
     target = Path(app.outdir) / "_static" / "mathjax"
     target.mkdir(parents=True, exist_ok=True)
