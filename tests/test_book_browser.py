@@ -16,7 +16,8 @@ from whole_book import whole_book
 pytestmark = pytest.mark.xdist_group("book")
 
 PAGES = ("intro", "ledger", "howto_read", "glossary", "labyrinth/derivation", "foundations/world",
-         "foundations/metrics", "contributing/method", "api/editors", "runs/index")  # fmt: skip
+         "foundations/metrics", "contributing/method", "api/editors", "runs/index", "horse/main",
+         "troubleshooting/errors", "runs/clare-prediction")  # fmt: skip
 FORMULAS = "[...document.querySelectorAll('main .math')]"
 FIGURES = "[...document.querySelectorAll('main figure svg, main figure img')]"
 # Contrast of a text with what lies behind it, by the formula of WCAG 2.
@@ -101,7 +102,7 @@ def test_figures_are_not_blank(browser, page, dark):
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("page", ["intro", "ledger", "foundations/world"])
+@pytest.mark.parametrize("page", ["intro", "ledger", "foundations/world", "horse/main"])
 def test_text_can_be_read_in_both_themes(browser, page, dark):
     browser.open(built(page), dark=dark)
     assert browser.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
@@ -115,7 +116,7 @@ def test_a_page_fits_a_phone(browser, page):
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390, "the page scrolls sideways"
 
 
-@pytest.mark.parametrize("word", ["alphaedit", "second_moment", "entanglement"])
+@pytest.mark.parametrize("word", ["AlphaEdit", "TopHash", "HORSE", "second_moment", "entanglement"])
 def test_the_search_finds_methods_functions_and_terms(browser, word):
     browser.open(built("search"), fragment=f"?q={word}")
     for _ in range(50):
@@ -124,6 +125,16 @@ def test_the_search_finds_methods_functions_and_terms(browser, word):
         browser.evaluate("new Promise(done => setTimeout(done, 100))")
     assert browser.evaluate("document.querySelectorAll('#search-results li a').length") > 0
     assert not browser.console
+
+
+def test_the_block_behind_a_page_unfolds_on_a_phone(browser):
+    browser.open(built("horse/main"), width=390)
+    browser.evaluate("document.querySelectorAll('.ek-beside details').forEach(e => e.open = true)")
+    places = browser.evaluate(
+        "[...document.querySelectorAll('.ek-beside-table td')].map(e => e.getBoundingClientRect())"
+        ".map(r => [r.left, r.right])"
+    )
+    assert places and all(left >= 0 and right <= 390 for left, right in places)
 
 
 def test_without_a_browser_the_message_says_so(monkeypatch):

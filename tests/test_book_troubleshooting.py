@@ -31,6 +31,8 @@ def test_every_class_of_error_has_its_section_and_an_example():
     text = (PAGES / "errors.md").read_text(encoding="utf-8")
     names = [n for n, c in vars(editkit.errors).items() if isinstance(c, type) and n != "EditkitError"]
     for name in names:
-        assert f"\n## {name}:" in text and f"\neditkit.errors.{name}: " in text, f"errors.md says nothing of {name}"
+        assert f"\n## {name}:" in text and f"\neditkit.errors.{name}: " in text, (
+            f"errors.md says nothing of {name}"
+        )
     for part in re.split(r"^#{2,3} ", text.split("(sec-error-request)=")[1], flags=re.M)[1:]:
         assert part.count("\n") < 4 or "```pycon" in part, f"an error without an example: {part[:40]}"

@@ -132,5 +132,6 @@ def whole_book() -> Path:
         shutil.copytree(ROOT / folder, root / folder)
     shutil.copy2(ROOT / "_config.yml", root / "_config.yml")
     stand_ins(root, root / "book")
+    whole_book.layout = Layout(root)
     index, _ = book.build(Study("pages", "Pages", ()), Layout(root))
     return index.parent

@@ -99,7 +99,10 @@ class Block:
         sidecar, which = self.runs.find(alias)
         line = nodes.paragraph("", "")
         if companion.page_alias(self.docname) != alias:
-            line += [self.link("reference run" if which == "reference" else "run", self.page(alias)), nodes.Text(" ")]
+            line += [
+                self.link("reference run" if which == "reference" else "run", self.page(alias)),
+                nodes.Text(" "),
+            ]
         name = PurePosixPath(sidecar["notebook"]).name
         inner = nodes.literal("", sidecar["notebook"])
         if (Path(self.app.srcdir) / companion.PAGES / alias / name).is_file():
@@ -146,9 +149,15 @@ class Block:
                 line += nodes.Text(f"; {word}: not executed for this copy")
                 continue
             sidecar = entry[which]
-            commit = (sidecar["git"]["commit"] or "none")[:8] + ("+changes" if sidecar["git"]["dirty"] else "")
+            commit = (sidecar["git"]["commit"] or "none")[:8] + (
+                "+changes" if sidecar["git"]["dirty"] else ""
+            )
             text = f"; {word}: commit {commit}, {sidecar['started'][:10]}{seeds(sidecar)} ("
-            line += [nodes.Text(text), self.link("sidecar", self.file(alias, which, "run.json")), nodes.Text(")")]
+            line += [
+                nodes.Text(text),
+                self.link("sidecar", self.file(alias, which, "run.json")),
+                nodes.Text(")"),
+            ]
         if different := differing(entry):
             line += nodes.Text(f". Parameters that differ: {different}")
         return line

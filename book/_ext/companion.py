@@ -39,7 +39,7 @@ from editkit.runs.format import format_number, format_value
 from editkit.runs.quote import Lookup, Runs, agreement, origin, other_execution
 
 logger = logging.getLogger(__name__)
-_CODE = re.compile(r"(`[^`\n]+`)")
+_CODE = re.compile(r"(``[^`\n]+``|`[^`\n]+`)")
 MATHJAX = "tex-svg-full.js"  # one self-contained file: no fonts, no further requests
 
 
@@ -163,7 +163,7 @@ class RunFigure(Base):
         if self.content:
             caption += self.parse_inline(" ".join(self.content), lineno=self.content_offset)[0]
         else:
-            caption += nodes.Text(record["caption"])
+            caption += coded(record["caption"])
         caption += self.source_line(alias, which, sidecar, record["data"])
         figure += caption
         return [self.named(figure)]
@@ -192,7 +192,7 @@ class RunTable(Base):
         if self.content:
             title += self.parse_inline(" ".join(self.content), lineno=self.content_offset)[0]
         else:
-            title += nodes.Text(record["caption"])
+            title += coded(record["caption"])
         title += self.source_line(alias, which, sidecar, record["file"])
         table.insert(0, title)
         return [self.named(table)]
@@ -211,7 +211,7 @@ def cell(text: str, spec: str | None) -> str:
 def coded(text: str) -> list[nodes.Node]:
     """Text with `code` set as code."""
     return [
-        nodes.literal("", part[1:-1]) if part.startswith("`") and len(part) > 2 else nodes.Text(part)
+        nodes.literal("", part.strip("`")) if part.startswith("`") and len(part) > 2 else nodes.Text(part)
         for part in _CODE.split(text)
         if part
     ]

@@ -60,14 +60,7 @@ def build_pdf(study: Study, layout: Layout) -> Path:
     """
     if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
         raise EditkitError(MISSING.format(" and ".join(absent) + (" is" if len(absent) == 1 else " are")))
-    folder = layout.root / "book" / "_build" / "pdf"
-    shutil.rmtree(folder, ignore_errors=True)
-    source, latex = folder / "source", folder / "latex"
-    stage(study, layout, source)
-    derivations_only(source, layout.root / "_config.yml")
-    sphinx = [sys.executable, "-m", "sphinx", "-b", "latex", "-W", "--keep-going", "-q", str(source), str(latex)]
-    if subprocess.run(sphinx, stdin=subprocess.DEVNULL).returncode != 0:
-        raise ConfigError("the PDF was not built: see the warnings above (every warning counts as an error)")
+    latex = write_latex(study, layout)
     log = latex / "latexmk.log"
     with log.open("w", encoding="utf-8") as sink:
         command = ["latexmk", "-xelatex", "-interaction=nonstopmode", "-halt-on-error", "derivations.tex"]
@@ -79,6 +72,30 @@ def build_pdf(study: Study, layout: Layout) -> Path:
     target = layout.root / "book" / "_build" / "derivations.pdf"
     shutil.copy2(latex / "derivations.pdf", target)
     return target
+
+
+def write_latex(study: Study, layout: Layout) -> Path:
+    """The LaTeX sources of the PDF; returns their folder. Raises ConfigError when there are warnings."""
+    folder = layout.root / "book" / "_build" / "pdf"
+    shutil.rmtree(folder, ignore_errors=True)
+    source, latex = folder / "source", folder / "latex"
+    stage(study, layout, source)
+    derivations_only(source, layout.root / "_config.yml")
+    sphinx = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-b",
+        "latex",
+        "-W",
+        "--keep-going",
+        "-q",
+        str(source),
+        str(latex),
+    ]
+    if subprocess.run(sphinx, stdin=subprocess.DEVNULL).returncode != 0:
+        raise ConfigError("the PDF was not built: see the warnings above (every warning counts as an error)")
+    return latex
 
 
 def derivations_only(source: Path, config: Path) -> None:
@@ -123,7 +140,9 @@ def labels_elsewhere(source: Path) -> dict[str, str]:
         if path.relative_to(source).with_suffix("").as_posix() in PAGES:
             continue
         text = path.read_text(encoding="utf-8")
-        if labels := re.findall(r"^\(([\w:.-]+)\)=|^:(?:label|name): *(\S+)|^\$\$ *\(([\w:.-]+)\)", text, re.M):
+        if labels := re.findall(
+            r"^\(([\w:.-]+)\)=|^:(?:label|name): *(\S+)|^\$\$ *\(([\w:.-]+)\)", text, re.M
+        ):
             found |= {a or b or c: title_of(path) for a, b, c in labels}
     return found
 
