@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 import yaml
-from browser import Browser
+from browser import CONTRAST, Browser
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -111,7 +111,10 @@ def executed(template):
     for cell in done.cells:
         if cell.cell_type == "code":
             cell.execution_count = 1
+    text = '<text y="20" style="fill: var(--ek-ink, #232426)">label</text>'
+    shown = f'<figure class="ek-figure"><svg>{text}</svg></figure>'
     done.cells[3].outputs = [new_output("stream", name="stdout", text="hello\n"),
+                             new_output("display_data", data={"text/html": shown, "text/plain": "figure"}),
                              new_output("stream", name="stderr", text="a stray warning\n")]  # fmt: skip
     done.metadata["papermill"] = {"exception": None, "parameters": {"n": 7}}
     done.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -458,17 +461,27 @@ def test_a_browser_sets_the_mathematics_and_asks_nobody(built, chromium, tmp_pat
     assert not foreign, f"requests to {foreign}"
 
 
-def test_the_explorer_answers_a_click(built, chromium):
-    window = Browser(chromium)
-    try:
-        window.open(built[3] / "intro.html")
-        head = "document.querySelector('.ek-explorer-head').textContent"
-        before = window.evaluate(head)
-        window.evaluate("document.querySelector('.ek-explorer-columns button').click()")
-        assert before and window.evaluate(head) != before
-        assert not window.console and all(url.startswith(("file:", "data:")) for url in window.requests)
-    finally:
-        window.close()
+@pytest.fixture(scope="module")
+def window(chromium):
+    made = Browser(chromium)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_figures_of_an_executed_notebook_can_be_read_in_both_themes(built, window, dark):
+    window.open(built[3] / "runs" / "demo.html", dark=dark)
+    assert window.evaluate("document.querySelectorAll('.cell_output figure svg text').length") == 1
+    assert not window.evaluate(CONTRAST)
+
+
+def test_the_explorer_answers_a_click(built, window):
+    window.open(built[3] / "intro.html")
+    head = "document.querySelector('.ek-explorer-head').textContent"
+    before = window.evaluate(head)
+    window.evaluate("document.querySelector('.ek-explorer-columns button').click()")
+    assert before and window.evaluate(head) != before
+    assert not window.console and all(url.startswith(("file:", "data:")) for url in window.requests)
 
 
 # -------------------------------------------------------------------- this repository

@@ -131,7 +131,8 @@ def test_every_page_of_a_run_offers_its_notebook_parameters_and_data():
 def test_every_figure_and_table_of_a_run_links_to_it():
     for path, page in parsed().items():
         for caption in page.select("figure.ek-figure figcaption, table.ek-run-table > caption"):
-            assert caption.select("a[href*='runs/'], a[href$='.html'], a[href='#']"), f"{path.name}: {caption.get_text()[:60]}"
+            links = caption.select("a[href*='runs/'], a[href$='.html'], a[href='#']")
+            assert links, f"{path.name}: {caption.get_text()[:60]}"
 
 
 def test_headings_have_one_title_and_no_gaps():
