@@ -1,5 +1,6 @@
 # make book   set up, run the notebooks, build the book, print where to open it
 # make test   the same set-up, then the tests
+# make pdf    the derivations as a PDF, where LaTeX is installed
 #
 # Options: PROFILE=full (a file in studies/), JOBS=2 (runs at the same time), PYTHON=python3.12, PYTEST_ARGS=...
 
@@ -21,13 +22,16 @@ endif
 # Named after the content of the two files, so that the set-up is repeated when, and only when, they change.
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: book test setup lint pins clean help
+.PHONY: book pdf test setup lint pins clean help
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 book: $(INSTALLED)
 	@$(BIN)/editkit run studies/$(PROFILE).yaml --jobs $(JOBS)
 	@$(BIN)/editkit book studies/$(PROFILE).yaml
+
+pdf: $(INSTALLED)
+	@$(BIN)/editkit book studies/$(PROFILE).yaml --pdf
 
 # One thread per process: the tests run in as many processes as there are cores.
 test: $(INSTALLED)

@@ -150,11 +150,40 @@ def use_style() -> None:
     matplotlib.rcParams.update(style_params())
 
 
+def tidy_log_axes(fig: Figure) -> None:
+    """Label short logarithmic axes 1, 2, 5 in plain numbers, where matplotlib prints "3 × 10⁰" on top of "4 × 10⁰".
+
+    Axes over more than three decades keep their powers of ten; ticks that a notebook has set itself stay.
+    """
+    from matplotlib.ticker import (
+        AutoLocator,
+        FuncFormatter,
+        LogFormatterSciNotation,
+        LogLocator,
+        NullFormatter,
+    )
+
+    plain = FuncFormatter(lambda x, _: f"{x:,.10g}" if x >= 1 else f"{x:.10g}")
+    for axis in (a for axes in fig.axes for a in (axes.xaxis, axes.yaxis)):
+        if axis.get_scale() != "log" or not isinstance(axis.get_major_formatter(), LogFormatterSciNotation):
+            continue
+        low, high = sorted(axis.get_view_interval())
+        if not 0 < low < high or high > 1000 * low:
+            continue
+        subs = (1.0, 2.0, 5.0) if high <= 100 * low else (1.0,)
+        locator = LogLocator(subs=subs, numticks=20)
+        inside = [t for t in locator.tick_values(low, high) if low <= t <= high]
+        axis.set_major_locator(locator if len(inside) > 2 else AutoLocator())
+        axis.set_major_formatter(plain)
+        axis.set_minor_formatter(NullFormatter())
+
+
 def themed_svg(fig: Figure, *, prefix: str, title: str = "") -> str:
     """The figure as one `<svg>` element: themed inks, prefixed ids (figures can share a page), alt text.
 
     `prefix` must be unique on the page; `title` becomes the accessible name of the picture. Deterministic.
     """
+    tidy_log_axes(fig)
     buffer = io.StringIO()
     fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

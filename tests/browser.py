@@ -23,6 +23,33 @@ OPTIONS = (
     "--disable-background-networking", "--disable-component-update", "--disable-extensions", "--hide-scrollbars",
     "--allow-file-access-from-files", "--remote-debugging-pipe",
 )  # fmt: skip
+# Contrast of a text with what lies behind it, by the formula of WCAG 2.
+CONTRAST = """
+(() => {
+  const channel = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const parts = s => (s.match(/[\\d.]+/g) || [0, 0, 0]).map(Number);
+  const light = s => {
+    const [r, g, b] = parts(s).map(channel);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const back = e => {
+    for (; e; e = e.parentElement) {
+      const c = getComputedStyle(e).backgroundColor, p = parts(c);
+      if (p.length < 4 || p[3] > 0.5) return c;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const poor = [];
+  const look = (e, color) => {
+    const a = light(color), b = light(back(e)), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) poor.push(e.textContent.trim().slice(0, 40) + ' ' + ratio.toFixed(1));
+  };
+  document.querySelectorAll('main figure svg text').forEach(e => look(e, getComputedStyle(e).fill));
+  document.querySelectorAll('main .ek-val, main .ek-verdict, main .ek-rule, main figcaption, main .ek-entry-origin')
+    .forEach(e => look(e, getComputedStyle(e).color));
+  return poor;
+})()
+"""
 
 
 def find_browser() -> str | None:

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 import yaml
+from browser import CONTRAST, Browser
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -21,7 +22,8 @@ from editkit.runs import notebook as nb
 from editkit.runs.format import format_value
 from editkit.runs.inputs import input_record, prepare
 from editkit.runs.layout import Layout
-from editkit.runs.quote import Lookup, Runs
+from editkit.runs.quote import Lookup, Runs, agreement, other_execution
+from editkit.runs.reference import references
 from editkit.runs.study import load_study
 
 pytestmark = pytest.mark.xdist_group("book")
@@ -109,7 +111,10 @@ def executed(template):
     for cell in done.cells:
         if cell.cell_type == "code":
             cell.execution_count = 1
+    text = '<text y="20" style="fill: var(--ek-ink, #232426)">label</text>'
+    shown = f'<figure class="ek-figure"><svg>{text}</svg></figure>'
     done.cells[3].outputs = [new_output("stream", name="stdout", text="hello\n"),
+                             new_output("display_data", data={"text/html": shown, "text/plain": "figure"}),
                              new_output("stream", name="stderr", text="a stray warning\n")]  # fmt: skip
     done.metadata["papermill"] = {"exception": None, "parameters": {"n": 7}}
     done.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -141,7 +146,7 @@ def make_project(root):
     study = load_study(root / "studies" / "default.yaml")
     [run] = prepare(study.runs, root)
     put(layout.run_dir(run.run_id), sidecar(layout, run, 0.9871), executed(run.template))
-    put(layout.results / "demo", sidecar(layout, run, 0.95, run_id="demo-of-old"))
+    put(layout.results / "demo", sidecar(layout, run, 0.95, run_id="demo-of-old", started="2025-12-24T00:00:00+00:00"))
     elsewhere = {"value": 12.34, "lo": None, "hi": None, "n": None, "unit": "s", "note": "", "fmt": ".1f"}
     put(
         layout.results / "elsewhere",
@@ -187,7 +192,7 @@ def test_reference_results_are_marked_as_such(built):
     marked = [v.get_text() for v in page.select("a.ek-val") if v.find_next_sibling("sup")]
     assert marked[-1] == "12.3\u202fs"
     titles = [v["title"] for v in page.select("a.ek-val")]
-    assert ["reference run" in t for t in titles] == [False, False, False, True, True]
+    assert [t.startswith("reference run") for t in titles] == [False, False, False, True, True]
     assert "not executed for this copy" in soup(built[3], "runs/elsewhere.html").get_text()
 
 
@@ -228,6 +233,53 @@ def test_the_page_of_a_run_says_where_it_comes_from(built):
         assert (built[3] / "runs" / link["href"]).resolve().is_file() or (
             built[3] / link["href"][3:]
         ).is_file()
+
+
+def test_this_run_stands_beside_the_reference_run(built):
+    """0.9871 ± 0.01 here, 0.95 ± 0.01 in the reference: intervals apart, said on the page and at the number."""
+    page = soup(built[3], "intro.html")
+    [table] = page.select("table.ek-beside-table")
+    assert [td.get_text() for td in table.select("tbody td")] == [
+        "score ROME protocol", "98.7\u202f% [97.7, 99.7]; n = 100", "≠", "95.0\u202f% [94.0, 96.0]; n = 100", "",
+    ]  # fmt: skip
+    assert "1 beside the reference run (1 with intervals apart)" in page.select_one(".ek-beside summary").get_text()
+    first = page.select_one("a.ek-val")
+    assert first.find_next_sibling("sup").get_text() == "≠ref" and "reference run: 95.0" in first["title"]
+    own = soup(built[3], "runs/demo.html")
+    assert own.select("table.ek-beside-table") and not soup(built[3], "runs/index.html").select(".ek-beside")
+
+
+def test_notebooks_behind_a_page_can_be_downloaded_and_run(built):
+    for page in ("intro.html", "runs/demo.html", "runs/elsewhere.html"):
+        found = soup(built[3], page)
+        links = [a["href"] for a in found.select(".ek-beside a.ek-runnable")]
+        menu = [a["href"] for a in found.select(".dropdown-download-buttons a.btn-download-notebook-button")]
+        assert links and menu and set(menu) <= set(links)
+        for link in links:
+            notebook = nb.read_notebook((built[3] / page).parent / link)
+            assert nb.check_notebook(notebook, link), "the runnable notebook, not a page"
+    commands = [c.get_text() for c in soup(built[3], "intro.html").select(".ek-command")]
+    assert "editkit run studies/default.yaml --only demo --force" in commands
+
+
+@pytest.mark.parametrize(
+    "mine, reference, expected",
+    [
+        ((0.5, 0.4, 0.6), (0.5, 0.1, 0.9), "overlap"),
+        ((0.5, 0.4, 0.6), (0.5001, 0.4001, 0.6), "equal"),
+        ((0.5, 0.4, 0.6), (0.7, 0.61, 0.8), "apart"),
+        ((0.5, None, None), (0.7, 0.4, 0.8), "differs"),
+        ((None, None, None), (None, None, None), "equal"),
+    ],
+)
+def test_agreement_of_two_executions(mine, reference, expected):
+    records = [
+        dict(zip(("value", "lo", "hi"), ends), n=None, unit="", note="", fmt=".2f") for ends in (mine, reference)
+    ]
+    assert agreement(*records) == expected
+    run, copy = {"started": "2026-01-01"}, {"started": "2026-01-01"}
+    assert not other_execution({"run": run, "reference": copy}) and not other_execution({"run": run})
+    assert other_execution({"run": run, "reference": {"started": "2026-01-02"}})
 
 
 def test_a_graph_can_be_explored_without_network(built):
@@ -409,6 +461,29 @@ def test_a_browser_sets_the_mathematics_and_asks_nobody(built, chromium, tmp_pat
     assert not foreign, f"requests to {foreign}"
 
 
+@pytest.fixture(scope="module")
+def window(chromium):
+    made = Browser(chromium)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_figures_of_an_executed_notebook_can_be_read_in_both_themes(built, window, dark):
+    window.open(built[3] / "runs" / "demo.html", dark=dark)
+    assert window.evaluate("document.querySelectorAll('.cell_output figure svg text').length") == 1
+    assert not window.evaluate(CONTRAST)
+
+
+def test_the_explorer_answers_a_click(built, window):
+    window.open(built[3] / "intro.html")
+    head = "document.querySelector('.ek-explorer-head').textContent"
+    before = window.evaluate(head)
+    window.evaluate("document.querySelector('.ek-explorer-columns button').click()")
+    assert before and window.evaluate(head) != before
+    assert not window.console and all(url.startswith(("file:", "data:")) for url in window.requests)
+
+
 # -------------------------------------------------------------------- this repository
 
 
@@ -453,3 +528,19 @@ def test_quoted_numbers_agree_with_the_formatter():
     for target in ("a", "a:", ":k", "a@reference:k", "b:k"):
         with pytest.raises(Lookup):
             runs.item(target, "values")
+
+
+# References made before the runner silenced tqdm's note about widgets. A new reference leaves this list.
+NOISY = {
+    "clare-applications", "clare-graph", "horse-cost", "horse-main", "horse-main-200", "labyrinth-ability",
+    "labyrinth-ability-long", "labyrinth-ablation", "labyrinth-conflicts", "labyrinth-exactness", "labyrinth-tables",
+}  # fmt: skip
+
+
+def test_reference_runs_wrote_nothing_to_stderr():
+    noisy = {
+        sidecar["alias"]: sidecar["stderr_cells"]
+        for sidecar, _ in references(Layout(ROOT)).values()
+        if sidecar["stderr_cells"]
+    }
+    assert not set(noisy) - NOISY, "the cells of these notebooks print warnings or progress bars"

@@ -9,43 +9,17 @@ import io
 
 import numpy as np
 import pytest
-from browser import MISSING, Browser, find_browser
+from browser import CONTRAST, MISSING, Browser, find_browser
 from PIL import Image
 from whole_book import whole_book
 
 pytestmark = pytest.mark.xdist_group("book")
 
 PAGES = ("intro", "ledger", "howto_read", "glossary", "labyrinth/derivation", "foundations/world",
-         "foundations/metrics", "contributing/method", "api/editors", "runs/index")  # fmt: skip
+         "foundations/metrics", "contributing/method", "api/editors", "runs/index", "horse/main",
+         "troubleshooting/errors", "runs/clare-prediction")  # fmt: skip
 FORMULAS = "[...document.querySelectorAll('main .math')]"
 FIGURES = "[...document.querySelectorAll('main figure svg, main figure img')]"
-# Contrast of a text with what lies behind it, by the formula of WCAG 2.
-CONTRAST = """
-(() => {
-  const channel = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-  const parts = s => (s.match(/[\\d.]+/g) || [0, 0, 0]).map(Number);
-  const light = s => {
-    const [r, g, b] = parts(s).map(channel);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const back = e => {
-    for (; e; e = e.parentElement) {
-      const c = getComputedStyle(e).backgroundColor, p = parts(c);
-      if (p.length < 4 || p[3] > 0.5) return c;
-    }
-    return 'rgb(255, 255, 255)';
-  };
-  const poor = [];
-  const look = (e, color) => {
-    const a = light(color), b = light(back(e)), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) poor.push(e.textContent.trim().slice(0, 40) + ' ' + ratio.toFixed(1));
-  };
-  document.querySelectorAll('main figure svg text').forEach(e => look(e, getComputedStyle(e).fill));
-  document.querySelectorAll('main .ek-val, main .ek-verdict, main .ek-rule, main figcaption, main .ek-entry-origin')
-    .forEach(e => look(e, getComputedStyle(e).color));
-  return poor;
-})()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +75,7 @@ def test_figures_are_not_blank(browser, page, dark):
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("page", ["intro", "ledger", "foundations/world"])
+@pytest.mark.parametrize("page", ["intro", "ledger", "foundations/world", "horse/main"])
 def test_text_can_be_read_in_both_themes(browser, page, dark):
     browser.open(built(page), dark=dark)
     assert browser.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
@@ -115,7 +89,7 @@ def test_a_page_fits_a_phone(browser, page):
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390, "the page scrolls sideways"
 
 
-@pytest.mark.parametrize("word", ["alphaedit", "second_moment", "entanglement"])
+@pytest.mark.parametrize("word", ["AlphaEdit", "TopHash", "HORSE", "second_moment", "entanglement"])
 def test_the_search_finds_methods_functions_and_terms(browser, word):
     browser.open(built("search"), fragment=f"?q={word}")
     for _ in range(50):
@@ -124,6 +98,16 @@ def test_the_search_finds_methods_functions_and_terms(browser, word):
         browser.evaluate("new Promise(done => setTimeout(done, 100))")
     assert browser.evaluate("document.querySelectorAll('#search-results li a').length") > 0
     assert not browser.console
+
+
+def test_the_block_behind_a_page_unfolds_on_a_phone(browser):
+    browser.open(built("horse/main"), width=390)
+    browser.evaluate("document.querySelectorAll('.ek-beside details').forEach(e => e.open = true)")
+    places = browser.evaluate(
+        "[...document.querySelectorAll('.ek-beside-table td')].map(e => e.getBoundingClientRect())"
+        ".map(r => [r.left, r.right])"
+    )
+    assert places and all(left >= 0 and right <= 390 for left, right in places)
 
 
 def test_without_a_browser_the_message_says_so(monkeypatch):

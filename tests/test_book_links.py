@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+import json
 import re
 from urllib.parse import unquote, urlsplit
 
@@ -11,7 +13,12 @@ import pytest
 from bs4 import BeautifulSoup
 from whole_book import ROOT, pages, whole_book
 
+from editkit.runs.format import format_value
+
 pytestmark = pytest.mark.xdist_group("book")
+
+
+_FENCED = re.compile(r"^(`{3,})([^\n]*)\n.*?^\1`*[ \t]*$", re.M | re.S)
 
 
 @functools.cache
@@ -73,13 +80,59 @@ def test_every_picture_has_an_alternative_text():
 def test_no_reference_is_left_in_its_raw_form():
     """MyST prints a role or directive that it does not know as text."""
     for path, page in parsed().items():
-        text = page.select_one("main") or page
-        for tag in text.select("pre, code, script"):
+        text = copy.copy(page.select_one("main") or page)  # the pages are shared by the tests
+        for tag in text.select("pre, code, script, style, svg, .math, dt.sig"):
             tag.extract()
         raw = re.search(
-            r"\{(?:val|doc|ref|numref|eq|term|cite|prf:ref|py:\w+)[\w:]*\}`|\[missing: ", text.get_text()
+            r"\{(?:val|doc|ref|numref|eq|term|cite|prf:ref|py:\w+)[\w:]*\}`|\[missing: |\$|`[\w.]+`|^:{3,}|\]\(\S",
+            text.get_text(),
+            re.M,
         )
         assert not raw, f"{path.name}: {raw}"
+
+
+def test_every_quoted_number_is_that_of_its_sidecar():
+    """All {val} of all pages, in their order, against the sidecars read as plain JSON."""
+    checked = 0
+    for source in pages(ROOT / "book"):
+        text = _FENCED.sub(
+            lambda m: m[0] if m[2].startswith("{") else "", source.read_text(encoding="utf-8")
+        )
+        wanted = [printed(*role.strip().partition(" ")[::2]) for role in re.findall(r"\{val\}`([^`]+)`", text)]
+        path = whole_book() / source.relative_to(ROOT / "book").with_suffix(".html")
+        found = [a.get_text() for a in parsed()[path].select("a.ek-val") if not a.find_parent(class_="ek-entry")]
+        assert found == wanted, source.name
+        checked += len(wanted)
+    assert checked > 300
+
+
+def printed(target: str, option: str) -> str:
+    """What {val}`target option` should print, from the committed sidecar."""
+    alias, key = target.split(":", 1)
+    sidecar = json.loads((whole_book.layout.results / alias.split("@")[0] / "run.json").read_text(encoding="utf-8"))
+    option = option.strip()
+    spec = None if option in ("", "bare") else option
+    return format_value(sidecar["values"][key.strip()], spec=spec, interval=option != "bare")
+
+
+def test_every_page_of_a_run_offers_its_notebook_parameters_and_data():
+    for path, page in parsed().items():
+        if path.parent.name != "runs" or path.name == "index.html":
+            continue
+        sidecar = json.loads((whole_book.layout.results / path.stem / "run.json").read_text(encoding="utf-8"))
+        links = {a["href"] for a in page.select("a.ek-download")}
+        assert f"../runs/{path.stem}/{sidecar['notebook'].split('/')[-1]}" in links, f"{path.name}: no notebook"
+        names = {row.td.get_text(strip=True) for row in page.select("table.ek-parameters tbody tr")}
+        assert {p["name"] for p in sidecar["parameters"]} == names, path.name
+        for figure in sidecar["figures"].values():
+            assert not figure["data"] or f"../runs/{path.stem}/reference/{figure['data']}" in links, path.name
+
+
+def test_every_figure_and_table_of_a_run_links_to_it():
+    for path, page in parsed().items():
+        for caption in page.select("figure.ek-figure figcaption, table.ek-run-table > caption"):
+            links = caption.select("a[href*='runs/'], a[href$='.html'], a[href='#']")
+            assert links, f"{path.name}: {caption.get_text()[:60]}"
 
 
 def test_headings_have_one_title_and_no_gaps():
@@ -95,7 +148,8 @@ def test_headings_have_one_title_and_no_gaps():
 
 def test_the_search_index_knows_methods_and_terms():
     index = (whole_book() / "searchindex.js").read_text(encoding="utf-8")
-    for word in ("memit", "alphaedit", "entangl", "make_editor", "second_mo"):
+    methods = ("memit", "alphaedit", "tophash", "gradsim", "memoir", "hors", "rledit", "malmen", "wise", "grace")
+    for word in (*methods, "entangl", "make_editor", "second_mo"):
         assert word in index.lower(), f"search does not find {word}"
 
 

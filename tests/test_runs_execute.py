@@ -27,7 +27,8 @@ from editkit.runs.worker import NO_START
 pytestmark = pytest.mark.xdist_group("kernels")
 
 GOOD = """\
-import sys
+import sys, warnings
+warnings.warn("IProgress not found. Please update jupyter and ipywidgets.")  # as tqdm.auto, from any module
 run.value("interpreter", sys.executable)
 run.value("double", 2 * n, lo=n, hi=3 * n, n=n, note="twice n")
 import pandas as pd
@@ -114,6 +115,13 @@ def test_the_sidecar_tells_everything(done):
     assert sidecar["peak_memory_mib"]["host"] > 1 and 0 < sidecar["wall_seconds"] < 3600
     assert set(sidecar["git"]) == {"commit", "dirty"} and sidecar["started"].endswith("+00:00")
     assert "runs/report.py" in sidecar["inputs"]["modules"]
+
+
+def test_the_note_about_missing_widgets_is_on_no_page(done):
+    """tqdm.auto says it in the cell that imports transformers first, whether or not `start` ran before."""
+    layout = done[0]
+    sidecar = finished(layout, load(layout)[0].run_id)[0]
+    assert sidecar["stderr_cells"] == []
 
 
 def test_the_kernel_is_the_running_interpreter(done):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from editkit.errors import ConfigError
-from editkit.plotting import INK, PALETTE, look
+from editkit.plotting import INK, PALETTE, look, themed_svg
 from editkit.runs import start
 from editkit.runs.format import check_spec, format_number, format_value
 from editkit.runs.report import PARAMETERS, RUN_DIR, WORK_DIR, Run
@@ -193,3 +193,38 @@ def test_looks_are_fixed_and_forgiving():
     assert look("MEMIT") == look("memit") and look("memit_seq") == look("MEMIT-SEQ")
     assert look("memit").color == look("memit-seq").color != look("alphaedit").color
     assert look("a-method-nobody-listed") == look("a_method_nobody_listed".replace("_", "-"))
+
+
+@pytest.mark.parametrize(
+    "low, high, labels",
+    [
+        (1.0, 10.0, {"1", "2", "5", "10"}),
+        (11.0, 13.5, {"11", "12", "13"}),
+        (0.003, 0.2, {"0.005", "0.01", "0.1"}),
+    ],
+)
+def test_short_log_axes_are_labelled_in_plain_numbers(low, high, labels):
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots()
+    axes.plot([1, 2], [low, high])
+    axes.set(yscale="log", ylim=(low, high))
+    themed_svg(fig, prefix="log")
+    texts = [t.get_text() for t in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True)) if t.get_text()]
+    plt.close(fig)
+    assert labels <= set(texts) and not [t for t in texts if "^" in t]
+    assert len(texts) == len(set(texts)) <= 12
+
+
+def test_long_log_axes_and_own_ticks_stay():
+    import matplotlib.pyplot as plt
+
+    fig, (long, own) = plt.subplots(ncols=2)
+    for axes, high in ((long, 1e7), (own, 8.0)):
+        axes.plot([1, 2], [1.0, high])
+        axes.set_yscale("log")
+    own.set_yticks([1, 4], ["one", "four"])
+    themed_svg(fig, prefix="log")
+    found = [[t.get_text() for t in axes.get_yticklabels()] for axes in (long, own)]
+    plt.close(fig)
+    assert any("10^{6}" in t for t in found[0]) and found[1] == ["one", "four"]

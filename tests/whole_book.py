@@ -128,8 +128,10 @@ def whole_book() -> Path:
     root = Path(keep.name)
     skip = shutil.ignore_patterns("_build", "runs", "__pycache__", ".ipynb_checkpoints")
     shutil.copytree(ROOT / "book", root / "book", ignore=skip)
-    shutil.copytree(ROOT / "results", root / "results")
+    for folder in ("results", "notebooks"):
+        shutil.copytree(ROOT / folder, root / folder)
     shutil.copy2(ROOT / "_config.yml", root / "_config.yml")
     stand_ins(root, root / "book")
+    whole_book.layout = Layout(root)
     index, _ = book.build(Study("pages", "Pages", ()), Layout(root))
     return index.parent

@@ -25,7 +25,6 @@ import editkit
 
 PACKAGE = Path(editkit.__file__).parent
 COMMANDS = ("cli", "command")  # described by --help
-_CODE = re.compile(r"(`[^`\n]+`)")
 _COLUMNS = re.compile(r"\S {2,}\S")
 
 
@@ -107,17 +106,8 @@ def prose(text: str | None) -> list[nodes.Node]:
         elif any(_COLUMNS.search(line) for line in lines) or any(line.startswith(" ") for line in lines):
             made.append(nodes.literal_block(block, block, language="none", classes=["ek-aligned"]))
         else:
-            made.append(nodes.paragraph("", "", *coded(" ".join(lines))))
+            made.append(nodes.paragraph("", "", *companion.coded(" ".join(lines))))
     return [m for m in made if m.astext().strip()]
-
-
-def coded(text: str) -> list[nodes.Node]:
-    """Text with `code` set as code."""
-    return [
-        nodes.literal("", part[1:-1]) if part.startswith("`") and len(part) > 2 else nodes.Text(part)
-        for part in _CODE.split(text)
-        if part
-    ]
 
 
 class Api(companion.Base):
@@ -180,7 +170,7 @@ class Api(companion.Base):
         made: list[nodes.Node] = []
         if rows := options(node):
             body = [
-                [[nodes.literal("", n)], [nodes.literal("", t)], [nodes.literal("", d)], coded(m), s]
+                [[nodes.literal("", n)], [nodes.literal("", t)], [nodes.literal("", d)], companion.coded(m), s]
                 for n, t, d, m, s in rows
             ]
             made.append(
@@ -207,7 +197,7 @@ class ApiIndex(companion.Base):
             if name in known:
                 uri = self.env.app.builder.get_relative_uri(self.env.docname, known[name])
                 link = nodes.reference("", "", link, refuri=f"{uri}#module-{name}", internal=True)
-            rows.append([[link], coded(first)])
+            rows.append([[link], companion.coded(first)])
         return [companion.make_table(["module", "what it is for"], rows, ["ek-modules"])]
 
 

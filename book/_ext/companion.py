@@ -30,14 +30,16 @@ from typing import ClassVar
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
+from sphinx.errors import NoUri
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from editkit.runs.book import MANIFEST, PAGES
 from editkit.runs.format import format_number, format_value
-from editkit.runs.quote import Lookup, Runs, origin
+from editkit.runs.quote import Lookup, Runs, agreement, origin, other_execution
 
 logger = logging.getLogger(__name__)
+_CODE = re.compile(r"(``[^`\n]+``|`[^`\n]+`)")
 MATHJAX = "tex-svg-full.js"  # one self-contained file: no fonts, no further requests
 
 
@@ -50,6 +52,14 @@ def page_alias(docname: str) -> str | None:
     """The alias whose page this is, if it is the page of a run."""
     head, _, tail = docname.partition("/")
     return tail if head == PAGES and tail != "index" else None
+
+
+def run_uri(env, alias: str) -> str:
+    """Address of a run's page from the page at hand; in the PDF, which has no such pages, nothing."""
+    try:
+        return env.app.builder.get_relative_uri(env.docname, f"{PAGES}/{alias}")
+    except NoUri:
+        return ""
 
 
 class Base(SphinxDirective):
@@ -82,7 +92,7 @@ class Base(SphinxDirective):
         return nodes.reference("", text, refuri=url, internal=True, **attributes)
 
     def run_link(self, alias: str, text: str) -> nodes.reference:
-        return self.link(text, self.env.app.builder.get_relative_uri(self.env.docname, f"{PAGES}/{alias}"))
+        return self.link(text, run_uri(self.env, alias))
 
     def named(self, node: nodes.Element) -> nodes.Element:
         self.add_name(node)
@@ -117,13 +127,24 @@ class Val(SphinxRole):
         if record["n"] is not None:
             notes.append(f"n = {record['n']:,}")
         notes += [record["note"]] if record["note"] else []
-        uri = self.env.app.builder.get_relative_uri(self.env.docname, f"{PAGES}/{alias}")
+        apart = False
+        if which == "run" and (other := self.reference(alias, target)) is not None:
+            notes.append(f"reference run: {format_value(other)}")
+            apart = agreement(record, other) == "apart"
         node = nodes.reference(
-            "", text, refuri=uri, internal=True, classes=["ek-val"], reftitle="; ".join(notes)
+            "", text, refuri=run_uri(self.env, alias), internal=True, classes=["ek-val"], reftitle="; ".join(notes)
         )
         node["companion"] = {"alias": alias, "which": which, "key": target.split(":", 1)[1].strip()}
         mark = [nodes.superscript("", "ref")] if which == "reference" else []
+        if apart:  # the table under the page has both values (beside.py)
+            mark = [nodes.superscript("", "≠ref", classes=["ek-apart"])]
         return [node, *mark], []
+
+    def reference(self, alias: str, target: str) -> dict | None:
+        """The committed reference's record of the same number, where it is another execution."""
+        entry = self.env.app.companion_runs.manifest[alias]
+        key = target.split(":", 1)[1].strip()
+        return entry["reference"]["values"].get(key) if other_execution(entry) else None
 
 
 class RunFigure(Base):
@@ -136,12 +157,13 @@ class RunFigure(Base):
         record, sidecar, alias, which = self.runs.item(self.arguments[0], "figures", self.page)
         svg = self.file(alias, which, record["file"]).read_text(encoding="utf-8")
         figure = nodes.figure("", classes=["ek-figure", *self.options.get("class", [])])
+        figure["companion"] = {"alias": alias, "which": which, "key": None}
         figure += nodes.raw("", svg, format="html")
         caption = nodes.caption("", "")
         if self.content:
             caption += self.parse_inline(" ".join(self.content), lineno=self.content_offset)[0]
         else:
-            caption += nodes.Text(record["caption"])
+            caption += coded(record["caption"])
         caption += self.source_line(alias, which, sidecar, record["data"])
         figure += caption
         return [self.named(figure)]
@@ -165,11 +187,12 @@ class RunTable(Base):
         places = [record["columns"].index(c) for c in wanted]
         body = [[cell(row[i], record["fmt"].get(record["columns"][i])) for i in places] for row in rows[1:]]
         table = make_table(wanted, body)
+        table["companion"] = {"alias": alias, "which": which, "key": None}
         title = nodes.title("", "")
         if self.content:
             title += self.parse_inline(" ".join(self.content), lineno=self.content_offset)[0]
         else:
-            title += nodes.Text(record["caption"])
+            title += coded(record["caption"])
         title += self.source_line(alias, which, sidecar, record["file"])
         table.insert(0, title)
         return [self.named(table)]
@@ -183,6 +206,15 @@ def cell(text: str, spec: str | None) -> str:
         except ValueError:
             continue
     return {"": "n/a", "True": "yes", "False": "no"}.get(text, text)
+
+
+def coded(text: str) -> list[nodes.Node]:
+    """Text with `code` set as code."""
+    return [
+        nodes.literal("", part.strip("`")) if part.startswith("`") and len(part) > 2 else nodes.Text(part)
+        for part in _CODE.split(text)
+        if part
+    ]
 
 
 def make_table(head: list[str], body: list[list[str | list[nodes.Node]]], classes=()) -> nodes.table:
@@ -215,7 +247,7 @@ class RunParameters(Base):
         for p in sidecar["parameters"]:
             value, default = (nodes.literal("", json.dumps(p[key])) for key in ("value", "default"))
             shown = nodes.strong("", "", value) if p["value"] != p["default"] else value
-            body.append([[nodes.literal("", p["name"])], p["type"], [shown], [default], p["help"]])
+            body.append([[nodes.literal("", p["name"])], p["type"], [shown], [default], coded(p["help"])])
         return [make_table(head, body, ["ek-parameters"])] if body else []
 
 
@@ -269,16 +301,18 @@ class Provenance(Base):
         return git["commit"] + (" (executed before it, with equal inputs)" if git.get("later") else "")
 
     def downloads(self, alias: str, which: str, sidecar: dict) -> nodes.paragraph:
-        files = [("sidecar (JSON)", "run.json")]
-        if which == "run":
-            files.insert(0, ("executed notebook", f"{sidecar['run_id']}.ipynb"))
-            files.insert(1, ("runnable notebook", Path(sidecar["notebook"]).name))
+        files = [("executed notebook", f"{sidecar['run_id']}.ipynb")] if which == "run" else []
+        files.append(("sidecar (JSON)", "run.json"))
         files += [(f"table {name}", t["file"]) for name, t in sidecar["tables"].items()]
         files += [(f"data of {name}", f["data"]) for name, f in sidecar["figures"].items() if f["data"]]
         line = nodes.paragraph("", "Download: ")
         for i, (text, file) in enumerate(files):
             line += [nodes.Text(" · ")] if i else []
             line += self.link(text, self.url(alias, which, file), classes=["ek-download"])
+        runnable = Path(sidecar["notebook"]).name  # of both kinds of run in the run's own folder
+        if self.file(alias, "run", runnable).is_file():
+            link = self.link("runnable notebook", self.url(alias, "run", runnable), classes=["ek-download"])
+            line += [nodes.Text(" · "), link]
         return line
 
 
@@ -295,7 +329,7 @@ class RunResults(Base):
                     [nodes.literal("", key)],
                     format_value(v),
                     f"{v['n']:,}" if v["n"] is not None else "",
-                    v["note"],
+                    coded(v["note"]),
                 ]
                 for key, v in sidecar["values"].items()
             ]
@@ -337,6 +371,8 @@ def load_runs(app: Sphinx) -> None:
 
 def copy_mathjax(app: Sphinx) -> None:
     """Put MathJax into the book: it is read without network."""
+    if app.builder.format != "html":
+        return
     found = [f for f in metadata.files("sphinx-mathjax-offline") or () if f.name == MATHJAX]
     target = Path(app.outdir) / "_static" / "mathjax"
     target.mkdir(parents=True, exist_ok=True)
@@ -360,7 +396,7 @@ def setup(app: Sphinx) -> dict:
         "provenance": Provenance, "run-results": RunResults, "run-list": RunList, "run-explorer": RunExplorer,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
-    for more in ("ledger", "apidoc", "theme"):
+    for more in ("ledger", "apidoc", "theme", "beside"):
         app.setup_extension(more)
     app.connect("builder-inited", load_runs)
     app.connect("builder-inited", copy_mathjax)

@@ -21,7 +21,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 from editkit.runs.format import format_number, format_value
-from editkit.runs.quote import origin
+from editkit.runs.quote import agreement, origin, other_execution
 
 FOLDER, CSV = "ledger", "ledger.csv"
 MARK = {verdicts.HOLDS: "✓", verdicts.FAILS: "✗", verdicts.OPEN: "?", verdicts.ABSENT: "–"}
@@ -101,7 +101,9 @@ class Ledger(companion.Base):
         if checked.versus is not None:
             made += [nodes.Text(" against "), *self.value(checked.versus)]
         reference = self.reference(checked.ours)
-        if reference is not None:
+        if reference is not None and agreement(checked.ours.record, reference.record) == "equal":
+            made += [nodes.Text(" "), nodes.inline("", "(reference run: equal)", classes=["ek-rule"])]
+        elif reference is not None:
             made += [nodes.Text("; reference run "), *self.value(reference)]
         return made
 
@@ -113,11 +115,11 @@ class Ledger(companion.Base):
         return [node, *mark]
 
     def reference(self, ours: verdicts.Quoted) -> verdicts.Quoted | None:
-        """The committed reference beside this run's value, where it is of another run."""
+        """The committed reference beside this run's value, where it is another execution."""
         entry = self.runs.manifest[ours.alias]
         other = entry.get("reference")
         key = ours.target.split(":", 1)[1]
-        if ours.which != "run" or other is None or other["run_id"] == ours.sidecar["run_id"]:
+        if ours.which != "run" or not other_execution(entry):
             return None
         if key not in other["values"]:
             return None

@@ -43,8 +43,27 @@ def drop_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doc
             ]
 
 
+def offer_notebooks(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """In the download menu of a page: the notebooks behind it, as they are run, in place of the page's source."""
+    groups = [b for b in context.get("header_buttons", []) if b.get("label") == "download-buttons"]
+    if not groups:
+        return
+    found = doctree.findall(nodes.reference) if doctree is not None else ()
+    links = [link["refuri"] for link in found if "ek-runnable" in link["classes"]]
+    notebooks = {url.rsplit("/", 1)[-1]: url for url in links}
+    buttons = [
+        {"type": "link", "url": url, "text": name, "icon": "fas fa-code", "label": "download-notebook-button",
+         "tooltip": "Runnable notebook"}
+        for name, url in notebooks.items()
+    ]  # fmt: skip
+    keep = [b for b in groups[0]["buttons"] if b["label"] == "download-pdf-button"]
+    source = [b for b in groups[0]["buttons"] if b["label"] == "download-source-button"]
+    groups[0]["buttons"] = [*buttons, *([] if buttons else source), *keep]
+
+
 def setup(app: Sphinx) -> dict:
     app.add_role("chapter", Chapter())
     app.connect("config-inited", follow_the_system)
     app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", offer_notebooks, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -136,6 +136,9 @@ def _stage_run(alias: str, entry: dict, layout: Layout, source: Path) -> None:
     files.mkdir(parents=True, exist_ok=True)
     if "reference" in entry:
         shutil.copytree(entry["reference_folder"], files / "reference")
+    template = layout.root / entry.get("run", entry.get("reference"))["notebook"]
+    if template.is_file():  # a reference may be of a notebook that is no longer there
+        shutil.copy2(template, files / template.name)
     if "run" not in entry:
         text = _REFERENCE_PAGE.format(alias=alias, title=entry["reference"]["title"] or alias)
         (source / PAGES / f"{alias}.md").write_text(text, encoding="utf-8")
@@ -143,8 +146,6 @@ def _stage_run(alias: str, entry: dict, layout: Layout, source: Path) -> None:
     sidecar, folder = entry["run"], entry["folder"]
     for file in (SIDECAR, f"{sidecar['run_id']}.ipynb", *sidecar_files(sidecar)):
         shutil.copy2(folder / file, files / file)
-    template = layout.root / sidecar["notebook"]
-    shutil.copy2(template, files / template.name)
     nbformat.write(page(entry["notebook"], alias, sidecar["title"]), source / PAGES / f"{alias}.ipynb")
 
 

@@ -1,4 +1,4 @@
-"""`editkit run | collect | book`: execute a study, keep reference results, build the book."""
+"""`editkit run | collect | book`: execute a study, keep reference results, build the book (or its PDF)."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def add_parser(subparsers) -> None:
     )
     _common(book, only=False)
     book.add_argument("--force", action="store_true", help="build even when nothing has changed")
+    book.add_argument("--pdf", action="store_true", help="the derivations as a PDF instead (needs LaTeX)")
     book.set_defaults(func=_book)
 
 
@@ -137,6 +138,11 @@ def _book(args) -> int:
     from .book import build
 
     study, layout = _load(args)
+    if args.pdf:
+        from .pdf import build_pdf
+
+        print(f"PDF built. Open {build_pdf(study, layout)}")
+        return 0
     index, built = build(study, layout, force=args.force)
     print(f"{'Book built' if built else 'Book unchanged'}. Open {index}")
     return 0

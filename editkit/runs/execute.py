@@ -172,6 +172,8 @@ def _environment(run: Prepared, layout: Layout, target: Path, work: Path) -> dic
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # keeps ipykernel's debugger note out of the pages
+        # Said by tqdm.auto (through transformers) where ipywidgets is missing, in whichever cell imports it first.
+        "PYTHONWARNINGS": ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"))),
     }
     env.setdefault(CACHE_DIR, str(layout.scratch / "cache"))
     if data_root(layout.root).is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from ..errors import DataError
+from .format import format_value
 
 _TARGET = re.compile(r"(?P<alias>[a-z0-9][\w.-]*)?(?:@(?P<which>run|reference))?(?::(?P<key>.+))?", re.S)
 
@@ -47,3 +48,22 @@ def origin(sidecar: dict, which: str) -> str:
     commit = (sidecar["git"]["commit"] or "no commit")[:8] + ("+changes" if sidecar["git"]["dirty"] else "")
     kind = "reference run" if which == "reference" else "run"
     return f"{kind} {sidecar['run_id']}, commit {commit}, {sidecar['started'][:10]}"
+
+
+def other_execution(entry: dict) -> bool:
+    """Whether this run and the reference run are both there and are two executions, not one and its copy."""
+    run, reference = entry.get("run"), entry.get("reference")
+    return run is not None and reference is not None and run["started"] != reference["started"]
+
+
+def agreement(mine: dict, reference: dict) -> str:
+    """How two records of one number compare: "equal" as printed, "overlap" or "apart" by their intervals, "differs".
+
+    "differs": not equal as printed, and at least one of the two has no interval.
+    """
+    if format_value(mine) == format_value({**reference, "fmt": mine.get("fmt")}):
+        return "equal"
+    ends = [record[end] for record in (mine, reference) for end in ("lo", "hi")]
+    if not all(isinstance(end, (int, float)) for end in ends):
+        return "differs"
+    return "overlap" if mine["lo"] <= reference["hi"] and reference["lo"] <= mine["hi"] else "apart"
