@@ -58,7 +58,10 @@ def table(found: dict[str, Any]) -> pd.DataFrame:
 
 
 def places(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """(x, y) of each work: x is the year, works of one family and year are stacked, families lie below each other."""
+    """(x, y) of each work: x is the year, families lie below each other, works of one family and year are stacked.
+
+    Odd years sit a little lower, so that arrows over several years pass between the boxes.
+    """
     spots, top = {}, 0.0
     for family in found["families"]:
         works = [w for w in found["works"] if w["family"] == family]
@@ -68,8 +71,8 @@ def places(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
         height = max(len(names) for names in by_year.values())
         for year, names in by_year.items():
             for i, name in enumerate(names):
-                spots[name] = (float(year), top - (i + 0.5) * height / len(names))
-        top -= height + 0.5
+                spots[name] = (float(year), top - (i + 0.5) * height / len(names) - 0.3 * (year % 2))
+        top -= height + 0.8
     return spots
 
 
@@ -82,7 +85,7 @@ def draw_lineage(ax: Axes, found: dict[str, Any]) -> None:
             x0, y0 = spots[name]
             ax.annotate("", (x - 0.02, y), (x0 + 0.02, y0), zorder=1, arrowprops={
                 "arrowstyle": "-|>", "color": AXIS, "lw": 0.8, "shrinkA": 22, "shrinkB": 22,
-                "connectionstyle": "arc3,rad=0.35" if x == x0 else "arc3,rad=0.05",
+                "connectionstyle": "arc3,rad=-0.16" if x - x0 > 1 and y > y0 - 0.5 else "arc3,rad=0.08",
             })  # fmt: skip
         ax.text(x, y, work["id"], ha="center", va="center", fontsize=8, color=INK, zorder=3, bbox={
             "boxstyle": "round,pad=0.3", "facecolor": "none", "edgecolor": COLORS[work["family"]], "linewidth": 1.4,
@@ -102,7 +105,7 @@ def draw_map(ax: Axes) -> None:
     ax.set(xlim=(0, 10), ylim=(0, 6))
     ax.axis("off")
     _box(ax, 3.1, 1.0, 3.2, 4.1, "", AXIS)
-    ax.text(3.2, 5.2, "a block of the frozen or edited model", fontsize=8, color=INK)
+    ax.text(3.15, 0.72, "a block", fontsize=8, color=INK)
     _box(ax, 3.5, 1.3, 2.4, 0.8, "attention", AXIS)
     _box(ax, 3.5, 2.5, 2.4, 0.8, "up projection", AXIS)
     _box(ax, 3.5, 3.8, 2.4, 0.9, "down projection $W$", COLORS["locate"], 2.0)
