@@ -1,11 +1,15 @@
 """The comparison of all methods: what is not run twice is equal, and the statistics by hand."""
 
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from editkit.compare import analysis, measure
+from editkit.compare import analysis, lineage, measure
 from editkit.compare.methods import METHODS, check_methods, hypernetworks, make_method
 from editkit.editors import make_editor
 from editkit.errors import ConfigError, DataError
@@ -50,8 +54,7 @@ def bench(tiny_lm, facts) -> Bench:
 def exam_of(bench, axes=("efficacy", "paraphrase", "neighborhood")):
     baseline = Baseline.of(bench.lm, bench.facts, axes, protocols=("easyedit",))
     return measure.Examination(
-        bench, bench.facts, axes, TEXTS, bench.bystanders, TEXTS, measure.filled(bench.bystanders), TEXTS,
-        baseline, 1.0,
+        bench, bench.facts, axes, TEXTS, bench.bystanders, TEXTS, measure.filled(bench.bystanders), TEXTS, baseline,
     )  # fmt: skip
 
 
@@ -217,3 +220,28 @@ def test_unknown_and_repeated_methods_are_refused(bench):
     for name in ("horse", "unedited"):
         with pytest.raises(ConfigError):
             make_method(bench, name, background=TEXTS, networks={})
+
+
+def test_lineage_is_consistent_and_drawn(tmp_path):
+    found = lineage.load_lineage()
+    bib = Path(__file__).parents[1] / "book" / "references.bib"
+    if bib.is_file():
+        keys = re.findall(r"^@\w+\{(\S+),$", bib.read_text(encoding="utf-8"), re.M)
+        assert len(keys) == len(set(keys))
+        assert {w["cite"] for w in found["works"]} <= set(keys)
+    assert {w["run"] for w in found["works"]} - {""} <= set(METHODS)
+    here = {w["run"] for w in found["works"]}
+    alike = {"unedited", "ft-m", "retrieval", "retrieval-tokens", "memoir-0.4"}  # not a work of their own
+    variants = {m for m in METHODS if m.endswith(("-naive", "-compensated"))}
+    assert set(METHODS) - here <= alike | variants
+    spots = lineage.places(found)
+    assert len(set(spots.values())) == len(found["works"]) == len(lineage.table(found))
+    fig, axes = plt.subplots(2)
+    lineage.draw_lineage(axes[0], found)
+    lineage.draw_map(axes[1])
+    drawn = {t.get_text() for t in axes[0].texts}
+    plt.close(fig)
+    assert {w["id"] for w in found["works"]} <= drawn
+    broken = {**found, "works": [{**found["works"][0], "from": ["nobody"]}]}
+    with pytest.raises(DataError, match="nobody"):
+        lineage.check_lineage(broken)
