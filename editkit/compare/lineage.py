@@ -52,7 +52,7 @@ def table(found: dict[str, Any]) -> pd.DataFrame:
     works = sorted(found["works"], key=lambda w: (order.index(w["family"]), w["year"]))
     return pd.DataFrame([
         {"work": w["id"], "year": w["year"], "family": found["families"][w["family"]],
-         "builds on": ", ".join(w["from"]), "what it added": w["adds"]}
+         "builds on": ", ".join(w["from"]) or "\u2013", "what it added": w["adds"]}
         for w in works
     ])  # fmt: skip
 
