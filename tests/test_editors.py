@@ -24,7 +24,8 @@ FAST = {
     "nse": {"lam": 10.0, "alpha": 0.0, "upper_bound": 1e9, **Z},
     "rome": {"whiten": True, **Z},
 }
-OTHERS = {"lam": 10.0, **Z}
+OTHERS = {"lam": 10.0, **Z}  # of every editor that FAST does not name
+WITHOUT_STATISTICS = {"ft"}  # editors that read no second moments
 STATISTICS: dict[tuple, dict] = {}
 
 
@@ -41,7 +42,7 @@ def make(name, lm, **changes):
     options = {"layers": [0] if name == "rome" else [0, 1], **FAST.get(name, OTHERS)}
     if name != "ft":
         options |= {"contexts": CONTEXTS}
-    if name != "ft" and changes.get("whiten", True):
+    if name not in WITHOUT_STATISTICS and changes.get("whiten", True):
         options |= {"statistics": statistics(lm)}
     return make_editor(name, lm, **{**options, **changes})
 

@@ -111,13 +111,18 @@ def from_data(
     highest = no[::-1][allowed]  # the first that must not pass
     above = np.concatenate([no, yes])
     above = above[above > highest]
-    threshold = float((highest + above.min()) / 2) if above.size else float(np.nextafter(highest, np.inf))
+    threshold = float((highest + above.min()) / 2) if above.size else _above(highest)
     false = int((no >= threshold).sum())
     upper = 1.0 if false == no.size else float(stats.beta.ppf(0.95, false + 1, no.size - false))
     return Calibration(
         threshold, rate, false / no.size, upper,
         float((yes >= threshold).mean()) if yes.size else math.nan, no.size, yes.size,
     )  # fmt: skip
+
+
+def _above(value: float) -> float:
+    """The next number that is larger as float32 too: memories compare their overlaps in that precision."""
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
 
 
 def expected_overlap(frequencies: np.ndarray, k: int) -> float:
