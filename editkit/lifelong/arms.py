@@ -35,6 +35,7 @@ ARMS: dict[str, Arm] = {
     "wise-merge": Arm("wise", {"retrieve": False}, "memory", "WISE merge"),
     "loka": Arm("loka", {}, "memory", "LOKA"),
     "memoir": Arm("memoir", {}, "memory", "MEMOIR"),
+    "memoir-paper": Arm("memoir", {"threshold": 0.4}, "memory", "MEMOIR, threshold of the paper"),
     "in-context": Arm("in_context", {}, "memory", "in context"),
     "retrieval": Arm("retrieval", {"by": "states"}, "memory", "retrieval (states)"),
     "retrieval-tokens": Arm("retrieval", {"by": "tokens"}, "memory", "retrieval (TF-IDF)"),
