@@ -85,6 +85,17 @@ def arm_options(lm: LM, name: str, given: Mapping[str, Any] | None = None) -> di
     return {**own, **arm.options, **(given or {})}
 
 
+def stream_options(lm: LM, name: str, n: int, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`arm_options` for a stream of n edits: WISE's shards are halves of the stream, as in MEMOIR's runner
+    (save_freq = T / 2, merge_freq = T).
+    """
+    found = arm_options(lm, name, given)
+    if arm_named(name).editor == "wise":
+        shard = max(1, n // 2)
+        found = {**found, "save_every": shard, "merge_every": 2 * shard, **(given or {})}
+    return found
+
+
 def make_arm(
     lm: LM,
     name: str,
@@ -92,14 +103,17 @@ def make_arm(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     background: Sequence[str] | None = None,
     statistics: Mapping | None = None,
+    n_edits: int | None = None,
 ):
     """An editor for a method of `ARMS`.
 
-    options: per method name, over the defaults of `arm_options`.   background: texts unrelated to the edits, for
+    n_edits: length of the stream, for `stream_options`.   background: texts unrelated to the edits, for
     memories that use any.   statistics: second moments, for weight editors.
+    options: per method name, over the defaults of `arm_options`.
     """
     arm = arm_named(name)
-    settings = arm_options(lm, name, (options or {}).get(name))
+    given = (options or {}).get(name)
+    settings = arm_options(lm, name, given) if n_edits is None else stream_options(lm, name, n_edits, given)
     more: dict[str, Any] = {}
     if arm.kind == "weights":
         more["statistics"] = statistics

@@ -22,9 +22,10 @@ from ..memory.study import Routing, probes
 from ..memory.tophash import mean_features
 from ..models import LM
 from . import arms, streams
-from .data import Streams
+from .data import Streams, question_streams
 
 SEED = 100  # of settings: no page reports it
+_POOL = 200  # held-out facts at least whose locality prompts calibrate a threshold
 
 # Tried on the companion. Weight editors are not here: they take the presets of the companion, found by
 # `preset_sweep` on other unreported seeds. For "wise" save_every and merge_every are shares of the stream.
@@ -84,29 +85,50 @@ def calibrate(
     facts: Sequence[Fact],
     background: Sequence[str] | None = None,
     *,
+    n: int | None = None,
     rate: float = 0.05,
     **options: Any,
 ) -> Calibration:
-    """MEMOIR's threshold for a wanted false-positive rate when this many edits are stored.
+    """MEMOIR's threshold for a wanted false-positive rate when n edits are stored (None: all of `facts`).
 
-    facts: held-out edits, as many as the memory will hold, none of which is reported; their locality prompts are the
-    prompts that should pass by, their rephrases those that should be found. Nothing is trained: masks depend on frozen
-    features alone. options: of MEMOIR (layer, k, ...); rate: wanted share of unrelated prompts that use the memory.
+    facts: held-out edits, none of which is reported; the first n are stored. The locality prompts of all are
+    what should pass by, the rephrases of the stored ones what should be found. Nothing is trained: masks depend on frozen features
+    alone. options: of MEMOIR (layer, k, ...); rate: wanted share of unrelated prompts that use the memory.
     Raises ConfigError if the facts have no locality prompts.
     """
+    n = len(facts) if n is None else n
     frame = probes(facts)
-    wanted = frame[frame["group"].isin(["edit prompt", "rephrase", "unrelated fact"])]
-    if "unrelated fact" not in set(wanted["group"]):
-        raise ConfigError("calibration needs facts with locality prompts, which must not use the memory")
+    wanted = (frame["fact"] < n) & frame["group"].isin(["edit prompt", "rephrase"])
+    frame = frame[wanted | (frame["group"] == "unrelated fact")]
+    group = frame["group"].to_numpy()
+    if "unrelated fact" not in group or not 1 <= n <= len(facts):
+        raise ConfigError(
+            f"calibration needs facts with locality prompts, and n of them to store; got n = {n} of {len(facts)}"
+        )
     memory = Memoir(lm, {**options, "threshold": 1.0, "n_contexts": 0}, background=background)
     memory.prepare()
-    unique = list(dict.fromkeys(wanted["prompt"]))
+    unique = list(dict.fromkeys(frame["prompt"]))
     row = {p: i for i, p in enumerate(unique)}
-    features = mean_features(lm, memory.layer, unique)[torch.tensor([row[p] for p in wanted["prompt"]])]
-    group = wanted["group"].to_numpy()
+    features = mean_features(lm, memory.layer, unique)[torch.tensor([row[p] for p in frame["prompt"]])]
     routing = Routing.of(memory.hash, features[torch.from_numpy(group == "edit prompt")])
     overlap, _ = routing.look_up(features)
     return from_data(overlap[group == "unrelated fact"], rate, overlap[group == "rephrase"])
+
+
+def thresholds(
+    lm: LM,
+    corpus: str,
+    counts: Sequence[int],
+    *,
+    rate: float = 0.05,
+    seed: int = SEED,
+    n_background: int = 100,
+    **options: Any,
+) -> dict[int, Calibration]:
+    """`calibrate` for every number of stored edits in `counts`, on edits of the settings seed."""
+    n = max(max(counts), _POOL)
+    facts, background = question_streams(corpus, n, [seed], n_background=n_background)[seed]
+    return {t: calibrate(lm, facts, background, n=t, rate=rate, **options) for t in counts}
 
 
 _PRESET = "the companion's preset (preset_sweep, seed 101)"
