@@ -25,7 +25,11 @@ from torch import Tensor
 from ..device import synchronize
 from ..errors import RequestError
 from ..facts import Fact
+from ..memory.calibration import Calibration
 from ..memory.memoir import Memoir
+from ..memory.study import probes
+from ..models import LM
+from .settings import calibrate
 
 
 def long_stream(n: int, seed: int, *, n_protected: int = 2, n_background: int = 100):
@@ -72,6 +76,23 @@ def _most(world, seed: int, n: int) -> int:
         except RequestError:
             continue
     return n
+
+
+def calibrate_within(lm: LM, seed: int, n: int, *, rate: float, n_background: int, **options) -> Calibration:
+    """`settings.calibrate` for n stored edits on the long stream of a held-out seed."""
+    facts, background, _ = long_stream(max(n, 200), seed, n_background=n_background)
+    return calibrate(lm, facts, background, n=n, rate=rate, **options)
+
+
+def prompt_overlaps(memory: Memoir, facts: Sequence[Fact]) -> dict[str, np.ndarray]:
+    """Overlap with the nearest stored mask of the facts' rephrases, unrelated facts and neighbors, (n,) each."""
+    frame = probes(facts)
+    found = {}
+    for group in ("rephrase", "unrelated fact", "neighbor"):
+        prompts = list(dict.fromkeys(frame[frame["group"] == group]["prompt"]))
+        if prompts:
+            found[group] = memory.look_up(prompts).overlap.numpy()
+    return found
 
 
 class Diary:

@@ -92,8 +92,8 @@ def calibrate(
     """MEMOIR's threshold for a wanted false-positive rate when n edits are stored (None: all of `facts`).
 
     facts: held-out edits, none of which is reported; the first n are stored. The locality prompts of all are
-    what should pass by, the rephrases of the stored ones what should be found. Nothing is trained: masks depend on frozen features
-    alone. options: of MEMOIR (layer, k, ...); rate: wanted share of unrelated prompts that use the memory.
+    what should pass by, the rephrases of the stored ones what should be found. Nothing is trained: masks depend on
+    frozen features alone. options: of MEMOIR (layer, k, ...); rate: wanted share of unrelated prompts that use it.
     Raises ConfigError if the facts have no locality prompts.
     """
     n = len(facts) if n is None else n

@@ -84,7 +84,7 @@ def stream_scores(
         return None if checkpoint is None else checkpoint.with_suffix(f".{n}.csv")
 
     def look(n: int) -> None:
-        with _read_with(editor, (reading or {}).get(n, {})):
+        with read_with(editor, (reading or {}).get(n, {})):
             table = score(lm, facts[:n], "easyedit", axes, baseline=baseline)
         table.insert(0, "edits", n)
         if checkpoint is not None:
@@ -110,7 +110,7 @@ def stream_scores(
 
 
 @contextmanager
-def _read_with(editor, options: Mapping[str, Any]) -> Iterator[None]:
+def read_with(editor, options: Mapping[str, Any]) -> Iterator[None]:
     """Other options of an editor inside; the stream itself goes on, and is saved, with its own."""
     own = editor.config
     editor.config = own.replace(**options) if options else own
