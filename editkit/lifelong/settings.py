@@ -28,14 +28,13 @@ SEED = 100  # of settings: no page reports it
 _POOL = 200  # held-out facts at least whose locality prompts calibrate a threshold
 
 # Tried on the companion. Weight editors are not here: they take the presets of the companion, found by
-# `preset_sweep` on other unreported seeds. For "wise" save_every and merge_every are shares of the stream.
+# `preset_sweep` on other unreported seeds. WISE's shards: of five edits, or halves of the stream as in MEMOIR's runner.
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"lr": 1e-4}, {"lr": 3e-4}],
-    "grace": [{"layer": layer, "radius": radius} for layer in (3, 4) for radius in (0.3, 1.0, 2.0, 4.0)],
-    "defer": [{"lr": lr} for lr in (2e-3, 7e-3)],
+    "lora": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)],
+    "grace": [{"layer": 3, "radius": 1.0}, *({"layer": 4, "radius": r} for r in (1.0, 4.0, 8.0, 16.0, 32.0))],
+    "defer": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3, 7e-3)],
     "wise": [
-        *({"lr": lr, "save_every": 5, "merge_every": 10} for lr in (0.03, 0.1, 0.3)),
-        *({"lr": lr, "save_every": 20, "merge_every": 40} for lr in (0.03, 0.1, 0.3)),
+        {"lr": lr, "save_every": save, "merge_every": 2 * save} for save in (5, 20) for lr in (0.03, 0.1, 0.3)
     ],
     "loka": [{"layer": layer} for layer in (3, 4)],
     "memoir-paper": [{"layer": layer} for layer in (3, 4)],
@@ -79,7 +78,6 @@ def sweep(
     return found.assign(chosen=chosen)
 
 
-@torch.no_grad()
 def calibrate(
     lm: LM,
     facts: Sequence[Fact],
@@ -98,21 +96,42 @@ def calibrate(
     """
     n = len(facts) if n is None else n
     frame = probes(facts)
-    wanted = (frame["fact"] < n) & frame["group"].isin(["edit prompt", "rephrase"])
-    frame = frame[wanted | (frame["group"] == "unrelated fact")]
-    group = frame["group"].to_numpy()
-    if "unrelated fact" not in group or not 1 <= n <= len(facts):
+    stored = frame[frame["fact"] < n]
+    unrelated = frame[frame["group"] == "unrelated fact"]["prompt"]
+    if not len(unrelated) or not 1 <= n <= len(facts):
         raise ConfigError(
             f"calibration needs facts with locality prompts, and n of them to store; got n = {n} of {len(facts)}"
         )
+    by = {g: list(stored[stored["group"] == g]["prompt"]) for g in ("edit prompt", "rephrase")}
+    return calibrate_prompts(
+        lm, by["edit prompt"], list(unrelated), background, rephrases=by["rephrase"], rate=rate, **options
+    )
+
+
+@torch.no_grad()
+def calibrate_prompts(
+    lm: LM,
+    stored: Sequence[str],
+    unrelated: Sequence[str],
+    background: Sequence[str] | None = None,
+    *,
+    rephrases: Sequence[str] = (),
+    rate: float = 0.05,
+    **options: Any,
+) -> Calibration:
+    """`calibrate` for prompts of any kind: those of the stored edits, and those that should pass by."""
     memory = Memoir(lm, {**options, "threshold": 1.0, "n_contexts": 0}, background=background)
     memory.prepare()
-    unique = list(dict.fromkeys(frame["prompt"]))
+    unique = list(dict.fromkeys([*stored, *unrelated, *rephrases]))
     row = {p: i for i, p in enumerate(unique)}
-    features = mean_features(lm, memory.layer, unique)[torch.tensor([row[p] for p in frame["prompt"]])]
-    routing = Routing.of(memory.hash, features[torch.from_numpy(group == "edit prompt")])
-    overlap, _ = routing.look_up(features)
-    return from_data(overlap[group == "unrelated fact"], rate, overlap[group == "rephrase"])
+    features = mean_features(lm, memory.layer, unique)
+
+    def of(prompts: Sequence[str]) -> torch.Tensor:
+        return features[torch.tensor([row[p] for p in prompts], dtype=torch.long)]
+
+    routing = Routing.of(memory.hash, of(stored))
+    found = [routing.look_up(of(part))[0] if len(part) else [] for part in (unrelated, rephrases)]
+    return from_data(found[0], rate, found[1])
 
 
 def thresholds(
@@ -137,7 +156,7 @@ ORIGINS: dict[str, str] = {  # arm -> where its setting comes from, for the page
     "ft": _PRESET, "rome": _PRESET, "memit": _PRESET, "memit-seq": _PRESET, "alphaedit": _PRESET,
     "lora": _SWEEP, "grace": _SWEEP, "defer": _SWEEP, "loka": _SWEEP, "retrieval": _SWEEP,
     "retrieval-tokens": _SWEEP, "in-context": _SWEEP,
-    "wise": _SWEEP + "; shards as in the paper's runner: one per half of the stream",
+    "wise": _SWEEP,
     "wise-merge": "those of WISE retrieve",
     "memoir": f"layer: {_SWEEP}; threshold calibrated on seed {SEED}",
     "memoir-paper": "as MEMOIR, with the paper's threshold for zsRE",
