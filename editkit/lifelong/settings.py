@@ -150,6 +150,32 @@ def thresholds(
     return {t: calibrate(lm, facts, background, n=t, rate=rate, **options) for t in counts}
 
 
+def with_threshold(
+    lm: LM,
+    corpus: str,
+    n: int,
+    options: Mapping[str, Mapping[str, Any]],
+    reported: Sequence[int],
+    *,
+    rate: float = 0.05,
+    seed: int = SEED,
+    n_background: int = 100,
+) -> dict[str, Mapping[str, Any]]:
+    """The options per method with MEMOIR's threshold calibrated for n stored edits, unless they give one.
+
+    reported: seeds of the results. Raises ConfigError if the settings seed is one of them.
+    """
+    if seed in reported:
+        raise ConfigError(
+            f"calibration_seed = {seed} is one of the reported seeds {list(reported)}; choose another"
+        )
+    given = arms.arm_options(lm, "memoir", options.get("memoir"))
+    if "threshold" in given:
+        return dict(options)
+    found = thresholds(lm, corpus, [n], rate=rate, seed=seed, n_background=n_background, **given)
+    return {**options, "memoir": {**options.get("memoir", {}), "threshold": found[n].threshold}}
+
+
 _PRESET = "the companion's preset (preset_sweep, seed 101)"
 _SWEEP = f"best average of the candidates on seed {SEED}"
 ORIGINS: dict[str, str] = {  # arm -> where its setting comes from, for the pages
