@@ -45,9 +45,9 @@ ARMS: dict[str, Arm] = {
 # fewer steps than the papers for pages that run in minutes, ended by the loss where the method has such an end. Weight
 # editors take the companion's presets. MEMOIR's threshold is calibrated by the pages (lifelong.settings.thresholds).
 COMPANION: dict[str, dict[str, Any]] = {
-    "lora": {"steps": 40, "lr": 1e-4, "loss_threshold": 0.02},
-    "grace": {"layer": 4, "steps": 30, "loss_threshold": 0.05},
-    "defer": {"layer": 4, "steps": 30, "lr": 2e-3, "loss_threshold": 0.05},
+    "lora": {"steps": 40, "lr": 3e-5, "loss_threshold": 0.02},
+    "grace": {"layer": 4, "radius": 96.0, "steps": 30, "loss_threshold": 0.05},
+    "defer": {"layer": 4, "steps": 30, "lr": 5e-4, "loss_threshold": 0.05},
     "wise": {"layer": 4, "steps": 20, "lr": 0.1, "n_contexts": 2, "alpha": 1.0, "beta": 4.0, "gamma": 2.0,
              "save_every": 5, "merge_every": 10},
     "loka": {"layer": 4, "n_contexts": 2},

@@ -31,8 +31,11 @@ _POOL = 200  # held-out facts at least whose locality prompts calibrate a thresh
 # `preset_sweep` on other unreported seeds. WISE's shards: of five edits, or halves of the stream as in MEMOIR's runner.
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "lora": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)],
-    "grace": [{"layer": 3, "radius": 1.0}, *({"layer": 4, "radius": r} for r in (1.0, 4.0, 8.0, 16.0, 32.0))],
-    "defer": [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3, 7e-3)],
+    "grace": [
+        {"layer": 3, "radius": 96.0},
+        *({"layer": 4, "radius": r} for r in (1.0, 8.0, 32.0, 64.0, 96.0, 192.0)),
+    ],
+    "defer": [{"lr": lr} for lr in (2e-4, 5e-4, 1e-3, 2e-3, 7e-3)],
     "wise": [
         {"lr": lr, "save_every": save, "merge_every": 2 * save} for save in (5, 20) for lr in (0.03, 0.1, 0.3)
     ],
