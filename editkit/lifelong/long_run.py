@@ -112,16 +112,32 @@ class Diary:
 
     def edit(self, facts: Sequence[Fact]):
         """As the editor's; facts has one fact."""
-        at = self.editor.n_facts
-        before = self.editor.weight.clone() if at in self.sampled else None
-        done = self.editor.edit(facts)
-        self.steps = [*self.steps[:at], int(done.metadata["steps"][0])]
+        editor, at = self.editor, self.editor.n_facts
+        before = editor.weight.clone() if at in self.sampled else None
+        updates, record = [0], editor.record
+
+        def counted(name: str, value: Tensor) -> None:
+            updates[0] += name == "weight"  # one per step that was taken; the last evaluation takes none
+            record(name, value)
+
+        editor.record = counted
+        try:
+            done = editor.edit(facts)
+        finally:
+            editor.record = record
+        self.steps = [*self.steps[:at], updates[0]]
         if before is not None:
-            wrote = self.editor.weight - before
-            mask = self.editor.masks.masks(torch.tensor(done.metadata["masks"]))[0]
+            # what was there before has shrunk during these steps, too; that is not what the edit wrote
+            wrote = editor.weight - self.shrink ** updates[0] * before
+            mask = editor.masks.masks(torch.tensor(done.metadata["masks"]))[0]
             save_file({"columns": mask.nonzero()[:, 0].cpu(), "wrote": wrote[:, mask].cpu().contiguous()},
                       self.folder / f"{at}.safetensors")  # fmt: skip
         return done
+
+    @property
+    def shrink(self) -> float:
+        """Factor by which one step scales what other edits wrote."""
+        return 1 - self.editor.config.lr * self.editor.config.weight_decay
 
     def save(self, path: Path) -> Path:
         (self.folder / "steps.json").write_text(json.dumps(self.steps))
@@ -134,13 +150,12 @@ class Diary:
     def kept(self) -> pd.DataFrame:
         """Per sampled edit: position, age (edits after it), steps_after, predicted and measured share."""
         rows, total = [], np.cumsum(self.steps)
-        shrink = 1 - self.editor.config.lr * self.editor.config.weight_decay
         for at in sorted(i for i in self.sampled if i < len(self.steps)):
             found = load_file(self.folder / f"{at}.safetensors")
             after = int(total[-1] - total[at])
             now = self.editor.weight[:, found["columns"].to(self.editor.weight.device)].cpu()
             rows.append({
-                "position": at, "age": len(self.steps) - 1 - at, "steps_after": after, "predicted": shrink**after,
+                "position": at, "age": len(self.steps) - 1 - at, "steps_after": after, "predicted": self.shrink**after,
                 "measured": float((now * found["wrote"]).sum() / (found["wrote"] ** 2).sum()),
             })  # fmt: skip
         return pd.DataFrame(rows)
