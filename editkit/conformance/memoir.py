@@ -31,13 +31,9 @@ def memoir(case: Case) -> list[Comparison]:
         record=lambda name, value: seen[name].append(value.detach().clone()),
     )  # fmt: skip
     layer, near = editor.layer, tolerance(case, 1e-5)
-    background = torch.from_numpy(case.arrays["background_features"])[:_BACKGROUND_ROWS]
-    out = [
-        compare("W_original", lm.weight(layer), case.arrays["W_original"], 0.0),
-        compare("bg_mean", background.mean(0), case.arrays["bg_mean"], near),
-    ]
-    center = torch.from_numpy(case.arrays["bg_mean"])
-    center = center if editor.config.features == "centered" else torch.zeros_like(center)
+    out = [compare("W_original", lm.weight(layer), case.arrays["W_original"], 0.0)]
+    center, more = _center(case, editor, near)
+    out += more
     editor.hash = TopHash(center.to(editor.weight), torch.from_numpy(case.arrays["permutation"]), editor.k)
     for e, request in enumerate(case.data["requests"]):
         for values in seen.values():
@@ -66,6 +62,17 @@ def memoir(case: Case) -> list[Comparison]:
         out.append(compare("W_original afterwards", lm.weight(layer), case.arrays["W_original"], 0.0))
     editor.restore()
     return out
+
+
+def _center(case: Case, editor: Memoir, near: float) -> tuple[Tensor, list[Comparison]]:
+    """What is taken off a feature. Plain means need no background, so a recording of them may have none."""
+    out, arrays = [], case.arrays
+    if "bg_mean" in arrays and "background_features" in arrays:
+        rows = torch.from_numpy(arrays["background_features"])[:_BACKGROUND_ROWS]
+        out.append(compare("bg_mean", rows.mean(0), arrays["bg_mean"], near))
+    if editor.config.features == "mean":
+        return torch.zeros(editor.d), out
+    return torch.from_numpy(arrays["bg_mean"]), out
 
 
 def _options(case: Case) -> dict[str, Any]:

@@ -18,11 +18,15 @@ from .articles import as_facts, hallucination_records, temporal_records
 
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """Facts and background texts per seed; world: the companion's world, or None for real data."""
+    """Facts and background texts per seed; world: the companion's world, or None for real data.
+
+    others: facts of the same kind per seed that are never edited (empty unless asked for).
+    """
 
     facts: dict[int, list[Fact]]
     background: dict[int, list[str]]
     world: Any = None
+    others: dict[int, list[Fact]] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, seed: int) -> tuple[list[Fact], list[str]]:
         return self.facts[seed], self.background[seed]
@@ -60,6 +64,13 @@ def _real(found: Sequence[Fact], n: int, seeds: Sequence[int], n_background: int
 
     chosen, others = _sampled(found, n, seeds)
     return Streams(chosen, {seed: irrelevant_texts(part)[:n_background] for seed, part in others.items()})
+
+
+def _held_back(streams: Streams, n: int) -> Streams:
+    """The first n facts of every seed; the others are not edited."""
+    facts = {seed: part[:n] for seed, part in streams.facts.items()}
+    others = {seed: part[n:] for seed, part in streams.facts.items()}
+    return dataclasses.replace(streams, facts=facts, others=others)
 
 
 def _generated(world, make, seeds: Sequence[int], n_background: int) -> Streams:
@@ -108,22 +119,35 @@ def question_streams(
 
 
 def hallucination_streams(
-    corpus: str, n: int, seeds: Sequence[int], folder: Path, *, n_background: int = 100, per_person: int = 2
+    corpus: str,
+    n: int,
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    n_background: int = 100,
+    per_person: int = 2,
+    n_other: int = 0,
 ) -> Streams:
-    """Long prompts: corpus "world" (biographies with new values) or "selfcheck" (the real file)."""
+    """Long prompts: corpus "world" (biographies with new values) or "selfcheck" (the real file).
+
+    n_other: further articles per seed that are not edited, in `Streams.others`. Of the world they are one per person,
+    and no correction is about these people.
+    """
     from ..corpora import selfcheck
 
     if corpus == "selfcheck":
-        return _real(list(selfcheck.load()), n, seeds, n_background)
+        return _held_back(_real(list(selfcheck.load()), n + n_other, seeds, n_background), n)
     if corpus != "world":
         raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'selfcheck'")
     world = _world()
 
     def make(seed: int) -> list[Fact]:
-        records = hallucination_records(world, n, seed, per_person=per_person)
+        first = n + (-n) % per_person  # whole people are edited or left alone
+        records = hallucination_records(world, first + n_other * per_person, seed, per_person=per_person)
+        records = records[:n] + records[first::per_person]
         return as_facts(records, selfcheck.load, Path(folder) / f"selfcheck-{seed}", f"s{seed}-")
 
-    return _generated(world, make, seeds, n_background)
+    return _held_back(_generated(world, make, seeds, n_background), n)
 
 
 def temporal_streams(

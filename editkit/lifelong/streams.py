@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def stream_scores(
     *,
     axes: Sequence[str] = PAPER_AXES,
     checkpoint: Path | None = None,
+    reading: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Scores of the first T facts after T single edits, for every T of counts; the editor is restored at the end.
 
@@ -72,6 +74,8 @@ def stream_scores(
     agreement with the unedited model's tokens. Returns rows of `scoring.score` with a column edits, and the cost:
     seconds_per_edit (of the edits made in this call), bytes (of a memory; 0 for weights).
     checkpoint: see `edit_one_by_one`; scores are kept beside it.
+    reading: per T options of the editor that hold while the model is asked after T edits and for nothing else, e.g.
+    a threshold calibrated for a memory of that size.
     """
     baseline = Baseline.of(lm, facts[: counts[-1]], axes)
     tables: list[pd.DataFrame] = []
@@ -80,7 +84,8 @@ def stream_scores(
         return None if checkpoint is None else checkpoint.with_suffix(f".{n}.csv")
 
     def look(n: int) -> None:
-        table = score(lm, facts[:n], "easyedit", axes, baseline=baseline)
+        with read_with(editor, (reading or {}).get(n, {})):
+            table = score(lm, facts[:n], "easyedit", axes, baseline=baseline)
         table.insert(0, "edits", n)
         if checkpoint is not None:
             table.to_csv(kept(n), index=False, na_rep="nan")
@@ -102,6 +107,17 @@ def stream_scores(
     finally:
         editor.restore()
     return pd.concat(tables, ignore_index=True), {"seconds_per_edit": seconds / made, "bytes": size}
+
+
+@contextmanager
+def read_with(editor, options: Mapping[str, Any]) -> Iterator[None]:
+    """Other options of an editor inside; the stream itself goes on, and is saved, with its own."""
+    own = editor.config
+    editor.config = own.replace(**options) if options else own
+    try:
+        yield
+    finally:
+        editor.config = own
 
 
 def summary(

@@ -4,8 +4,8 @@ The input q of a layer at the prompt's last token is the query. If it lies withi
 key, the layer's output at that token is replaced by the key's value, a vector trained for the answer; the
 weights stay as they are. How keys are made, split and widened is in `memory.codebook`.
 
-Radii are small against distances of activations, so an edit is found by its own wording and hardly by another:
-reliability and locality near one, generalisation near that of the unedited model.
+The radius belongs to the activations: where distances of rephrases are many times `radius` (it is 1 as released), an
+edit is found by its own wording only; where they are not, generalisation comes with it (book, page "Questions").
 """
 
 from __future__ import annotations
