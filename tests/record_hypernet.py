@@ -83,10 +83,11 @@ class _Recorder:
         batches = []
         for part in (rows[k : k + 2] for k in range(0, len(rows), 2)):
             wide = len(part[0][0])
-            pad = lambda x, fill: x + [fill] * (wide - len(x))  # noqa: E731
-            ids = torch.tensor([pad(r[0], tok.pad_token_id) for r in part])
-            mask = torch.tensor([pad([1] * len(r[0]), 0) for r in part])
-            batches.append((ids, mask, torch.tensor([pad(r[1], -100) for r in part])))
+            pad = [wide - len(r[0]) for r in part]
+            ids = [r[0] + [tok.pad_token_id] * k for r, k in zip(part, pad, strict=True)]
+            mask = [[1] * (wide - k) + [0] * k for k in pad]
+            labels = [r[1] + [-100] * k for r, k in zip(part, pad, strict=True)]
+            batches.append(tuple(map(torch.tensor, (ids, mask, labels))))
         return batches
 
     def logits(self, batch):
@@ -130,8 +131,9 @@ class _Recorder:
         sum((S * G).sum() for S, G in zip(turned, total, strict=True)).backward()
         named = self.parameters()
         for i in range(len(self.modules)):
-            self.arrays |= {f"{s}_m{i}_keys": keys[i], f"{s}_m{i}_values_grad": grads[i], f"{s}_m{i}_rows_per_batch": counts,
-                            f"{s}_m{i}_param_shift": shifts[i].detach(), f"{s}_m{i}_weight_grad": total[i]}  # fmt: skip
+            found = {"keys": keys[i], "values_grad": grads[i], "rows_per_batch": counts,
+                     "param_shift": shifts[i].detach(), "weight_grad": total[i]}  # fmt: skip
+            self.arrays |= {f"{s}_m{i}_{name}": value for name, value in found.items()}
         self.arrays |= {
             f"{s}_netgrad_preclip:{k}": p.grad.clone() for k, p in named.items() if p.grad is not None
         }
@@ -145,9 +147,8 @@ class _Recorder:
         keys, grads, counts = [[] for _ in self.modules], [[] for _ in self.modules], []
         for batch in batches:
             seen = []
-            hooks = [
-                m.register_forward_hook(lambda m, i, o: seen.append((i[0].detach(), o))) for m in self.modules
-            ]
+            keep = lambda module, given, out, seen=seen: seen.append((given[0].detach(), out))  # noqa: E731
+            hooks = [m.register_forward_hook(keep) for m in self.modules]
             loss = cross_entropy(self.logits(batch), batch[2][batch[2] != -100])
             for hook in hooks:
                 hook.remove()
