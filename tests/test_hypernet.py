@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn.functional import log_softmax
 
 from editkit.errors import ConfigError, ModelError, NumericsError
 from editkit.hypernet import RidgeSystem, RowMemory, Trainer, encode_pairs, make_hypernetwork
-from editkit.hypernet.data import answer_logits
+from editkit.hypernet.data import Draw, answer_logits
 from editkit.hypernet.normalizer import RunningMoments
 from editkit.hypernet.sites import edited, find_sites, oriented
 from editkit.linear.spread import spread
@@ -175,6 +177,60 @@ def test_gradients_agree_with_autograd_through_the_solve(name, config, model_typ
         assert float((ours[key] - grad).abs().max()) <= 1e-8 * size, key
     without = {k.rpartition(".")[2] for k, g in ours.items() if g is None}
     assert without == ({"log_ridge"} if name == "mend" else set())
+
+
+def test_rledit_sequence_agrees_with_autograd():
+    """Two batches, the losses written down a second time: looking back, penalty, locality against the start."""
+    lm = make_lm()
+    lm.model.double()
+    net, _, _ = trained_start(lm, "rledit", n_blocks=1)
+    net = type(net)(lm, net.config.replace(depth=2, decay=0.7, reg=0.03), layers=[0, 1]).to(lm.dtype)
+    randomised(net)
+    trainer = Trainer(lm, net, [], {"batch_size": 2, "loc_coef": 0.6})
+    draws = [Draw(tuple(EDITS[:2]), tuple(OTHERS), tuple(FAR)), Draw((EDITS[2],), (OTHERS[1],), (FAR[1],))]
+    twin = copy.deepcopy(net)
+    trainer.sequence(draws)
+
+    names = [site.weight_name for site in net.sites]
+    start = {name: lm.parameter(name).detach().clone() for name in names}
+    carried = {name: torch.zeros_like(W) for name, W in start.items()}
+
+    def said(batch, weights):
+        return log_softmax(
+            functional_call(lm.model, weights, kwargs=dict(batch.inputs)).logits[batch.asked], -1
+        )
+
+    def entropy(pairs, weights):
+        return sum(
+            -said(b, weights).gather(-1, b.targets[:, None]).mean() for b in encode_pairs(lm, pairs, 2)
+        )
+
+    for t, seen in enumerate(draws):
+        with edited(
+            lm, net.sites, [oriented(lm, s, carried[n]) for s, n in zip(net.sites, names, strict=True)]
+        ):
+            rows = rows_of(lm, twin, list(seen.edits))
+        twin.observe(rows)
+        now, penalty = {}, 0.0
+        for i, (site, name) in enumerate(zip(net.sites, names, strict=True)):
+            part, k = twin.net(i)
+            keys, grads = rows.site(i)
+            R = part.value_differences(keys, grads, k)
+            A = keys.T @ keys + twin.log_ridge(i).exp() * torch.eye(keys.shape[1], dtype=keys.dtype)
+            S = oriented(lm, site, torch.linalg.solve(A, keys.T @ R).T)
+            penalty = penalty + S.square().sum()
+            now[name] = start[name] + carried[name] + S
+            carried[name] = carried[name] + S.detach()
+        loss = entropy(seen.paraphrases, now) + 0.03 * penalty
+        if t:
+            loss = loss + 0.7 * entropy(draws[0].paraphrases, now)
+        for batch in encode_pairs(lm, seen.unrelated, 2):
+            before = said(batch, start).detach()
+            loss = loss + 0.6 * (before.exp() * (before - said(batch, now))).sum(-1).mean()
+        loss.backward()
+    for (key, ours), theirs in zip(net.named_parameters(), twin.parameters(), strict=True):
+        size = float(theirs.grad.abs().max())
+        assert size > 1e-9 and float((ours.grad - theirs.grad).abs().max()) <= 1e-8 * size, key
 
 
 def test_ridge_is_left_alone_when_asked():

@@ -217,6 +217,22 @@ def test_draws_depend_on_seed_and_step_only(records):
         draw(twice, 5, 0, 0)
 
 
+def test_a_step_may_ask_about_some_of_its_facts(records):
+    """The same edits, and of their probes a random part, so that the mean over steps asks about all alike."""
+    whole, part = draw(records, 4, 0, 5), draw(records, 4, 0, 5, 2)
+    assert part.edits == whole.edits and part.paraphrases == whole.paraphrases[:2]
+    assert len(part.unrelated) == 2
+    asked = {p for step in range(20) for p, _ in draw(records, 4, 0, step, 1).paraphrases}
+    assert len(asked) == len(records)
+    lm = make_lm()
+    trainer = trainer_of(lm, "malmen", records, n_edits=4, n_probes=1)
+    trainer.step()
+    assert len(trainer.rows) == 4 and len(trainer.states) == 0
+    full = trainer_of(lm, "malmen", records, n_edits=4, n_probes=4)
+    plain = trainer_of(lm, "malmen", records, n_edits=4)
+    assert dataclasses.astuple(full.step())[:4] == dataclasses.astuple(plain.step())[:4]
+
+
 def test_training_facts_share_nothing_with_the_test(facts, records):
     test = [facts[0].replace(locality=(Probe("The weather is", "fine"),))]
     kept = disjoint(records, test)
@@ -228,6 +244,9 @@ def test_training_facts_share_nothing_with_the_test(facts, records):
         records[0], edit=("Ana Silva plays the", "violin"), paraphrases=(("Ana Silva can", "violin"),)
     )
     assert len(disjoint([other, *records], test, by="fact")) == len(records)
+    protects = [facts[0].replace(locality=(Probe(records[1].edit[0], "German"),))]
+    assert len(disjoint(records, protects, by="fact")) == len(disjoint(records, protects, by="edit")) - 1
+    assert records[0] not in disjoint(records, protects, by="edit")
     with pytest.raises(ConfigError, match="by"):
         disjoint(records, test, by="moon")
 

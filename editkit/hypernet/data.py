@@ -23,7 +23,7 @@ from ..scoring.engine import pad_rows, split_tokens
 Pair = tuple[str, str]
 Tokens = Literal["answer", "all"]
 TargetField = Literal["target_new", "ground_truth"]
-Apart = Literal["subject", "fact"]
+Apart = Literal["subject", "fact", "edit"]
 IGNORED = -100
 
 
@@ -142,13 +142,15 @@ def disjoint(
     """The training records that share nothing with the facts of a test.
 
     by: "subject" drops every record about an edited subject of the test; "fact", for tests that edit nearly all
-        subjects, only those that ask what a probe of the test asks.
-    Unrelated pairs whose prompt the test asks are dropped in both. Raises DataError if nothing is left.
+        subjects, only those that ask what a probe of the test asks; "edit", for tests that ask about nearly all
+        facts, only those that edit what the test edits. What a test only protects may then be edited in training.
+    Unrelated pairs whose prompt the test asks are dropped in all three. Raises DataError if nothing is left.
     """
-    if by not in ("subject", "fact"):
-        raise ConfigError(f"by = {by!r}; choose 'subject' or 'fact'")
+    if by not in ("subject", "fact", "edit"):
+        raise ConfigError(f"by = {by!r}; choose 'subject', 'fact' or 'edit'")
     subjects = {f.subject for f in test} if by == "subject" else set()
     asked = {f.text for f in test} | {p for f in test for p in f.paraphrases}
+    edits = set(asked)
     for fact in test:
         for axis in (fact.neighborhood, fact.locality, fact.same_subject, fact.consequences):
             asked |= {p.prompt for p in axis}
@@ -156,27 +158,29 @@ def disjoint(
     for record in records:
         unrelated = tuple(pair for pair in record.unrelated if pair[0] not in asked)
         prompts = {record.edit[0], *(p for p, _ in record.paraphrases)}
-        if record.subject not in subjects and unrelated and not prompts & asked:
+        if record.subject not in subjects and unrelated and not prompts & (edits if by == "edit" else asked):
             kept.append(dataclasses.replace(record, unrelated=unrelated))
     if not kept:
         raise DataError(
             "no training record is left beside the test facts; draw more of them, test fewer facts, or keep them "
-            "apart by fact only (by='fact')"
+            "apart by fact (by='fact') or by edit (by='edit') only"
         )
     return kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """What one training step sees: pairs to edit, one paraphrase and one unrelated pair of each."""
+    """What one training step sees: pairs to edit, one paraphrase and one unrelated pair of each, or of some."""
 
     edits: tuple[Pair, ...]
     paraphrases: tuple[Pair, ...]
     unrelated: tuple[Pair, ...]
 
 
-def draw(records: Sequence[EditRecord], n: int, seed: int, step: int) -> Draw:
+def draw(records: Sequence[EditRecord], n: int, seed: int, step: int, probes: int | None = None) -> Draw:
     """n records for one step, a function of seed and step alone, no edit prompt twice.
+
+    probes: facts whose paraphrase and unrelated pair are asked, a random choice of the n; None: all of them.
 
     Raises DataError if there are fewer different prompts than n.
     """
@@ -193,8 +197,9 @@ def draw(records: Sequence[EditRecord], n: int, seed: int, step: int) -> Draw:
         )
     chosen = list(taken.values())
     one = lambda pairs: pairs[rng.integers(len(pairs))]  # noqa: E731
+    probed = chosen[:probes]  # in the random order of the draw
     return Draw(
         tuple(r.edit for r in chosen),
-        tuple(one(r.paraphrases) for r in chosen),
-        tuple(one(r.unrelated) for r in chosen),
+        tuple(one(r.paraphrases) for r in probed),
+        tuple(one(r.unrelated) for r in probed),
     )

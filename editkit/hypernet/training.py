@@ -5,6 +5,8 @@ One step edits `n_edits` facts at once:
 1. rows of the edit prompts on the unedited model (`cache`), taken into the normaliser,
 2. the plan: one shift for every module (`Hypernetwork.plan`),
 3. phase 1: with the shifts in the model, G_l = d(sum over batches of CE(paraphrases) + loc_coef * locality)/dW_l,
+   asked about all facts or, with `n_probes`, about a random few: the same expectation, at a cost that does not
+   grow with the number of edits,
 4. phase 2: `plan.backward(G)`, clip to a norm, Adam.
 
 What a step sees is a function of (seed, step), so a resumed training continues to the same bits.
@@ -66,6 +68,11 @@ class TrainConfig(Config):
     )  # fmt: skip
     loc_coef: float = option(1.0, "weight of the locality loss; published HORSE: 1", source="loc_coef", low=0)
     batch_size: int = option(32, "rows of the language model", source="data.batch_size", low=1)
+    n_probes: int | None = option(
+        None,
+        "edited facts of a step that its loss asks about, a random choice; None: all, as published",
+        low=1,
+    )
     seed: int = option(0, "seed of the draws", low=0)
     memory_limit: float | None = option(None, "bytes that rows may take; None: what is free", above=0)
 
@@ -223,7 +230,8 @@ class Trainer:
     # --- helpers --------------------------------------------------------------------------------------------
 
     def _draw(self, step: int, batch: int = 0) -> Draw:
-        return draw(self.records, self.config.n_edits, self.config.seed, step * self.config.length + batch)
+        cfg = self.config
+        return draw(self.records, cfg.n_edits, cfg.seed, step * cfg.length + batch, cfg.n_probes)
 
     def _entered(self, loss: Callable[..., Tensor], batch: TupleBatch, *more: Tensor) -> Callable[[], Tensor]:
         """A loss of the edited model that starts, where they are known, from the states below the edits."""
