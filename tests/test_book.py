@@ -235,6 +235,14 @@ def test_the_page_of_a_run_says_where_it_comes_from(built):
         ).is_file()
 
 
+def test_long_code_is_folded_on_the_page_of_a_run(built):
+    kinds = ((5, []), (40, []), (40, ["hide-cell"]))
+    cells = [new_code_cell("x = 1\n" * n, metadata={"tags": tags}) for n, tags in kinds]
+    shown = book.page(new_notebook(cells=cells), "demo", "A demo")
+    tags = [cell.metadata.get("tags", []) for cell in shown.cells if cell.cell_type == "code"]
+    assert tags == [[], ["hide-input"], ["hide-cell"]]
+
+
 def test_this_run_stands_beside_the_reference_run(built):
     """0.9871 ± 0.01 here, 0.95 ± 0.01 in the reference: intervals apart, said on the page and at the number."""
     page = soup(built[3], "intro.html")

@@ -22,6 +22,7 @@ from .study import RunSpec, Study
 
 MANIFEST = "_runs.json"
 PAGES = "runs"
+LONG = 16  # lines of code; a longer cell is folded on the page of a run
 _LABEL = re.compile(r"^\(([\w:.-]+)\)=\s*$|^:(?:name|label):\s*(\S+)\s*$", re.M)
 
 
@@ -150,7 +151,7 @@ def _stage_run(alias: str, entry: dict, layout: Layout, source: Path) -> None:
 
 
 def page(notebook: nbformat.NotebookNode, alias: str, title: str) -> nbformat.NotebookNode:
-    """The executed notebook as a page: title, a table in place of the injected parameters, provenance."""
+    """The executed notebook as a page: title, table of the injected parameters, long code folded, provenance."""
     new = nbformat.from_dict(json.loads(json.dumps(notebook)))
     cells = []
     for cell in new.cells:
@@ -158,7 +159,8 @@ def page(notebook: nbformat.NotebookNode, alias: str, title: str) -> nbformat.No
         if "injected-parameters" in tags:
             cells.append(_text("parameters", f"```{{run-parameters}} {alias}\n```"))
             continue
-        if "parameters" in tags and "hide-input" not in tags:
+        long = cell.cell_type == "code" and cell.source.count("\n") >= LONG
+        if ("parameters" in tags or long) and not any(tag.startswith(("hide-", "remove-")) for tag in tags):
             cell.metadata["tags"] = [*tags, "hide-input"]
         cells.append(cell)
     heading = next((c for c in cells if c.cell_type == "markdown" and re.match(r"#\s", c.source)), None)
