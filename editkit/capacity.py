@@ -14,7 +14,7 @@ from .preflight import gib, weight_bytes
 # method -> float64 (d, d) matrices that stay per layer (prior and Gram matrix; AlphaEdit: basis, projector and Gram
 # matrix; ROME: a factor), and those that one solve needs for its time (prior, checks, system, factor).
 SQUARES: dict[str, tuple[int, int]] = {
-    "rome": (1, 3), "memit": (0, 4), "memit_seq": (2, 3), "alphaedit": (3, 4), "nse": (1, 5),
+    "rome": (1, 2), "memit": (0, 5), "memit_seq": (2, 3), "alphaedit": (3, 3), "nse": (1, 5),
 }  # fmt: skip
 
 
@@ -32,6 +32,11 @@ class Plan:
     @property
     def peak(self) -> int:
         return self.weights + self.covariance + self.beside
+
+    @property
+    def first(self) -> int:
+        """`beside` of a stream's first batch: when its targets are optimised there is no history yet."""
+        return self.masters + max(self.targets, self.history + self.solve)
 
     @property
     def beside(self) -> int:
@@ -71,17 +76,20 @@ def memory_plan(
 def target_bytes(
     lm: LM, layer: int, dtype: torch.dtype, tokens_per_batch: int, *, repeated: float = 1.0
 ) -> int:
-    """What target optimisation keeps of a full batch, an estimate from above.
+    """What target optimisation keeps of a full batch; an estimate, compared with measurements on the page of costs.
 
     repeated: share of the tokens that lie behind the edited one, which every step runs again; all of them unless the
-    caller knows better. Of these a backward pass keeps (10 m + 4 d) numbers per block above the edited one, and three
-    float32 rows of logits for an eighth.
+    caller knows better. For each of these and each block above the edited one a backward pass keeps (6 m + 4 d)
+    numbers, below float32 4 m float32 numbers more (norms), for every token 3 m (keys and values, as attention reads
+    them); one block more passes through. Three float32 rows of logits for an eighth of the repeated tokens.
     """
     m, d = lm.d_model, lm.d_key
-    saved = (10 * m + 4 * d) * (lm.n_layers - layer) * dtype.itemsize
+    again = repeated * tokens_per_batch
+    block = (again * (6 * m + 4 * d) + tokens_per_batch * 3 * m) * dtype.itemsize
+    if dtype.itemsize < 4:
+        block += again * 4 * m * 4
     vocabulary = submodule(lm.model, lm.spec.head).weight.shape[0]
-    tokens = round(repeated * tokens_per_batch)
-    return tokens * saved + tokens // 8 * 3 * vocabulary * 4
+    return round(block * (lm.n_layers - layer) + again / 8 * 3 * vocabulary * 4)
 
 
 def savings(
