@@ -35,27 +35,45 @@ class Row:
 
 
 _ENGINE = "engines/inverse/speed_up_processor_time/"
-_BATCH = "one text at a time, whole model"
+_BATCH, _ALONE = "speed_up_processor_time/", "one text at a time, whole model"
+_PAIRS, _PRODUCT = "widths/{}/ratio/processor/top_k/of_medians", "bare product of all pairs"
+_FILES = "steps/{}/speed_up/files / memory, known facts (processor)"
+_RECURSIVE, _STREAM = "recursive_d4096", "a batch of 100, d = 4,096"
+_MEMOIR, _PLAIN = "edits/15000/batch 32/{}/overhead", "forward pass without memory"
 ROWS = (
     Row("targets", "targets of 100 facts", "one fact at a time, as released", "speed_up_processor_time", "8"),
-    Row("batching", "keys of 100 facts", _BATCH, "speed_up_processor_time/keys"),
-    Row("batching", "second moment of 300 texts", _BATCH, "speed_up_processor_time/covariance"),
-    Row("batching", "evaluation of 200 answers", _BATCH, "speed_up_processor_time/evaluation"),
-    Row("recursive_d4096", "a batch of 100, d = 4,096", "AlphaEdit as released (LU)", _ENGINE + "released_alphaedit", "10"),
-    Row("recursive_d4096", "a batch of 100, d = 4,096", "MEMIT with history as released (LU)", _ENGINE + "released_memit_seq", "10"),
-    Row("recursive_d4096", "a batch of 100, d = 4,096", "one-time solution (Cholesky)", _ENGINE + "one_time"),
-    Row("recursive_d4096", "a batch of 100, d = 4,096", "one Cholesky and two solves", _ENGINE + "lean_cholesky"),
-    Row("hypernet_cache_companion", "HORSE, a step of 32 facts", "rows in files", "steps/32/speed_up/files / memory, known facts (processor)"),
-    Row("hypernet_cache_companion", "HORSE, a step of 128 facts", "rows in files", "steps/128/speed_up/files / memory, known facts (processor)"),
-    Row("all_pairs", "graph of 11,427 facts, width 256", "bare product of all pairs", "widths/256/ratio/processor/top_k/of_medians",
-        unit="times its time", spec=".2f"),
-    Row("all_pairs", "graph of 11,427 facts, width 4,096", "bare product of all pairs", "widths/4096/ratio/processor/top_k/of_medians",
-        unit="times its time", spec=".2f"),
-    Row("memoir_lookup", "MEMOIR, 15,000 edits, 32 prompts bypassed", "forward pass without memory", "edits/15000/batch 32/miss/overhead",
-        unit="on top", spec=".1%"),
-    Row("memoir_lookup", "MEMOIR, 15,000 edits, 32 prompts read", "forward pass without memory", "edits/15000/batch 32/hit/overhead",
-        unit="on top", spec=".1%"),
-)  # fmt: skip
+    Row("batching", "keys of 100 facts", _ALONE, _BATCH + "keys"),
+    Row("batching", "second moment of 300 texts", _ALONE, _BATCH + "covariance"),
+    Row("batching", "evaluation of 200 answers", _ALONE, _BATCH + "evaluation"),
+    Row(_RECURSIVE, _STREAM, "AlphaEdit as released (LU)", _ENGINE + "released_alphaedit", "10"),
+    Row(_RECURSIVE, _STREAM, "MEMIT with history as released (LU)", _ENGINE + "released_memit_seq", "10"),
+    Row(_RECURSIVE, _STREAM, "one-time solution (Cholesky)", _ENGINE + "one_time"),
+    Row(_RECURSIVE, _STREAM, "one Cholesky and two solves", _ENGINE + "lean_cholesky"),
+    Row("hypernet_cache_companion", "HORSE, a step of 32 facts", "rows in files", _FILES.format(32)),
+    Row("hypernet_cache_companion", "HORSE, a step of 128 facts", "rows in files", _FILES.format(128)),
+    Row(
+        "all_pairs",
+        "graph of 11,427 facts, width 256",
+        _PRODUCT,
+        _PAIRS.format(256),
+        "",
+        "times its time",
+        ".2f",
+    ),
+    Row(
+        "all_pairs",
+        "graph of 11,427 facts, width 4,096",
+        _PRODUCT,
+        _PAIRS.format(4096),
+        "",
+        "times its time",
+        ".2f",
+    ),
+    Row(
+        "memoir_lookup", "MEMOIR, 15,000 edits, bypassed", _PLAIN, _MEMOIR.format("miss"), "", "on top", ".1%"
+    ),
+    Row("memoir_lookup", "MEMOIR, 15,000 edits, read", _PLAIN, _MEMOIR.format("hit"), "", "on top", ".1%"),
+)
 
 
 def load(folder: Path) -> dict[str, dict]:
