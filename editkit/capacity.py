@@ -11,7 +11,11 @@ from .hooks import submodule
 from .models import LM
 from .preflight import gib, weight_bytes
 
-HISTORY = ("memit_seq", "alphaedit", "nse")  # methods that keep a Gram matrix of earlier keys per layer
+# method -> float64 (d, d) matrices that stay per layer (prior and Gram matrix; AlphaEdit: basis, projector and Gram
+# matrix; ROME: a factor), and those that one solve needs for its time (prior, checks, system, factor).
+SQUARES: dict[str, tuple[int, int]] = {
+    "rome": (1, 2), "memit": (0, 5), "memit_seq": (2, 3), "alphaedit": (3, 3), "nse": (1, 5),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,33 +31,65 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return self.weights + self.masters + self.covariance + self.history + max(self.solve, self.targets)
+        return self.weights + self.covariance + self.beside
+
+    @property
+    def first(self) -> int:
+        """`beside` of a stream's first batch: when its targets are optimised there is no history yet."""
+        return self.masters + max(self.targets, self.history + self.solve)
+
+    @property
+    def beside(self) -> int:
+        """What an edit adds to weights and second moments."""
+        return self.masters + self.history + max(self.solve, self.targets)
 
 
 def memory_plan(
-    lm: LM, layers: Sequence[int], dtype: torch.dtype, method: str = "memit", tokens_per_batch: int = 8192
+    lm: LM,
+    layers: Sequence[int],
+    dtype: torch.dtype,
+    method: str = "memit",
+    tokens_per_batch: int = 8192,
+    *,
+    repeated: float = 1.0,
 ) -> Plan:
     """Memory of editing `layers` with a locate-then-edit method. `lm` may be on the meta device.
 
     masters: float32 copies of the edited matrices, if the model stores less.   covariance: float64, one (d, d) per
-    layer.   history: the same, for methods that accumulate keys.   solve: C0 on the device, the system, its factor
-    and the update of one layer.   targets: what a backward pass keeps of tokens_per_batch tokens, estimated as
-    (10 m + 4 d) numbers per token and block above the last edited one, where the target is, and three float32 rows of
-    logits for an eighth of the tokens.
+    layer.   history: what stays per layer, and solve: what one layer needs for its time, by `SQUARES`, and three
+    float64 matrices (m, d): weight, update, sum.   targets: `target_bytes`.
     """
     m, d = lm.d_model, lm.d_key
     n = len(layers)
     below_float32 = torch.promote_types(dtype, torch.float32) != dtype
-    saved = (10 * m + 4 * d) * (lm.n_layers - max(layers)) * dtype.itemsize
-    vocabulary = submodule(lm.model, lm.spec.head).weight.shape[0]
+    kept, passing = SQUARES.get(method, SQUARES["memit"])
     return Plan(
         weights=weight_bytes(lm.model, dtype),
         masters=n * m * d * 4 if below_float32 else 0,
         covariance=n * d * d * 8,
-        history=n * d * d * 8 if method in HISTORY else 0,
-        solve=(3 * d * d + m * d) * 8,
-        targets=tokens_per_batch * saved + tokens_per_batch // 8 * 3 * vocabulary * 4,
+        history=n * kept * d * d * 8,
+        solve=(passing * d * d + 3 * m * d) * 8,
+        targets=target_bytes(lm, max(layers), dtype, tokens_per_batch, repeated=repeated),
     )
+
+
+def target_bytes(
+    lm: LM, layer: int, dtype: torch.dtype, tokens_per_batch: int, *, repeated: float = 1.0
+) -> int:
+    """What target optimisation keeps of a full batch; an estimate, compared with measurements on the page of costs.
+
+    repeated: share of the tokens that lie behind the edited one, which every step runs again; all of them unless the
+    caller knows better. For each of these and each block above the edited one a backward pass keeps (6 m + 4 d)
+    numbers, below float32 4 m float32 numbers more (norms), for every token 3 m (keys and values, as attention reads
+    them); one block more passes through. Three float32 rows of logits for an eighth of the repeated tokens.
+    """
+    m, d = lm.d_model, lm.d_key
+    again = repeated * tokens_per_batch
+    block = (again * (6 * m + 4 * d) + tokens_per_batch * 3 * m) * dtype.itemsize
+    if dtype.itemsize < 4:
+        block += again * 4 * m * 4
+    vocabulary = submodule(lm.model, lm.spec.head).weight.shape[0]
+    return round(block * (lm.n_layers - layer) + again / 8 * 3 * vocabulary * 4)
 
 
 def savings(
@@ -79,6 +115,9 @@ def savings(
     if not fits() and len(memory) > 1 and memory.get("host", 0) > plan.covariance:
         yield "keep the second moments on the host (Covariance.to); a layer's comes to its device for the solve"
         elsewhere += plan.covariance
+    if not fits() and len(memory) > 1 and memory.get("host", 0) > plan.covariance + plan.history + plan.solve:
+        yield "nothing more for history and solve: an editor that finds no room solves on the host (slower)"
+        elsewhere += plan.history + max(plan.solve - plan.targets, 0)
     if not fits() and dtype.itemsize > 2:
         dtype = torch.bfloat16
         before, plan = plan, memory_plan(lm, layers, dtype, method, tokens)

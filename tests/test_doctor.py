@@ -103,7 +103,7 @@ def test_memory_plan_counts_matrices(tmp_path):
     lm = make_lm("llama", n_layers=4)
     d, m = lm.d_key, lm.d_model
     plan = memory_plan(lm, [1, 2], torch.bfloat16, "alphaedit")
-    assert plan.covariance == plan.history == 2 * d * d * 8 and plan.masters == 2 * d * m * 4
+    assert plan.covariance == 2 * d * d * 8 and plan.history == 3 * plan.covariance and plan.masters == 2 * d * m * 4
     assert plan.weights == sum(p.numel() for p in lm.model.parameters()) * 2
     plain = memory_plan(lm, [1, 2], torch.float32)
     assert plain.masters == plain.history == 0

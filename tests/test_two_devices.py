@@ -8,6 +8,7 @@ import torch
 from conftest import SENTENCES, make_lm
 from two_devices import FIRST, SECOND, pretend
 
+from editkit.capacity import memory_plan
 from editkit.editors import make_editor
 from editkit.locate.keys import compute_keys, read_states
 from editkit.locate.targets import TargetConfig, optimize_targets
@@ -100,3 +101,35 @@ def test_edits(name, facts):
         moved = float((whole[x] - start[x]).norm())
         assert moved > 0 and float((whole[x] - divided[x]).norm()) < 1e-4 * moved
         assert torch.equal(lm.get_matrix(x), start[x])
+
+
+@pytest.mark.parametrize("method", ["memit_seq", "alphaedit", "rome", "rect"])
+def test_without_room_a_layer_is_solved_on_the_host(method, facts, monkeypatch):
+    """A fake memory probe: the devices say that they have a byte too little for the plan, or just enough."""
+    lm = make_lm("llama", n_layers=4)
+    layers = [1] if method == "rome" else [1, 2]
+    options = {"layers": layers, "contexts": CONTEXTS, **Z}
+    if method == "alphaedit":
+        options["threshold"] = 1e3
+    statistics = second_moment(lm, layers, SENTENCES)
+
+    def twice(free):
+        asked = []
+        monkeypatch.setattr("editkit.device.free_bytes", lambda device: asked.append(device) or free)
+        editor = make_editor(method, lm, statistics=statistics, **options)
+        try:
+            after = editor.edit(facts[:2]).after | editor.edit(facts[2:3]).after
+            places = {editor.solve_device(layer) for layer in layers}
+        finally:
+            editor.restore()
+        assert asked, "nobody asked for the memory"
+        return after, places
+
+    plan = memory_plan(lm, layers, lm.dtype, method)
+    with split(lm):
+        near, here = twice(plan.beside)
+        far, there = twice(plan.beside - 1)
+    assert here == ({FIRST} if method == "rome" else {FIRST, SECOND})
+    assert there == {torch.device("cpu")}
+    for name, value in near.items():
+        torch.testing.assert_close(far[name], value, rtol=0, atol=0)

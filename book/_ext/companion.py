@@ -396,7 +396,7 @@ def setup(app: Sphinx) -> dict:
         "provenance": Provenance, "run-results": RunResults, "run-list": RunList, "run-explorer": RunExplorer,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
-    for more in ("ledger", "apidoc", "theme", "beside"):
+    for more in ("ledger", "apidoc", "theme", "beside", "companion_benchmarks"):
         app.setup_extension(more)
     app.connect("builder-inited", load_runs)
     app.connect("builder-inited", copy_mathjax)

@@ -187,10 +187,10 @@ class AccumulateEditor(LayerwiseEditor):
     def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for key, saved in values.items():
             layer = int(key)
-            pairs = {k: v.to(self.lm.device(layer)) for k, v in part(tensors, f"pairs.{layer}.").items()}
+            pairs = {k: v.to(self.solve_device(layer)) for k, v in part(tensors, f"pairs.{layer}.").items()}
             engine = {"meta": saved["meta"], "tensors": part(tensors, f"engine.{layer}.")}
             self.stream(layer).load_state_dict({"engine": engine, "ids": saved["ids"], **pairs})
-        self.caches = {int(k): S.to(self.lm.device(int(k))) for k, S in part(tensors, "cache.").items()}
+        self.caches = {int(k): S.to(self.solve_device(int(k))) for k, S in part(tensors, "cache.").items()}
 
     def gram(self, layer: int) -> Tensor:
         """C_t (d, d) of a layer's history, on the basis if there is one (U U^T C_t U U^T); M_0 before any

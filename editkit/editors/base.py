@@ -17,7 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..capacity import memory_plan
 from ..config import Config, check_known
+from ..device import with_room
 from ..errors import ConfigError, ModelError, NumericsError
 from ..facts import Fact, validate_facts
 from ..locate.contexts import ContextTemplates
@@ -64,6 +66,7 @@ class Editor(ABC):
         }
         self.contexts = None if contexts is None else ContextTemplates.of(contexts)
         self._base: tuple[tuple, str] | None = None
+        self._places: dict[int, torch.device] = {}
         self._reset()
         self.check()
 
@@ -220,8 +223,19 @@ class Editor(ABC):
         if torch.promote_types(weight.dtype, torch.float32) != weight.dtype:
             self._masters[name] = self.lm.to_matrix(W).to(weight.device, torch.float32)
 
+    def solve_device(self, layer: int) -> torch.device:
+        """Where the layer's system is solved and its history kept: on its own device if all that the plan asks
+        for beside the weights fits there, else on the host. Decided once, so that a history stays where it is.
+        """
+        if layer not in self._places:
+            cfg = self.config
+            tokens = getattr(cfg, "z_tokens_per_batch", 8192)
+            plan = memory_plan(self.lm, getattr(cfg, "layers", (layer,)), self.lm.dtype, self.name, tokens)
+            self._places[layer] = with_room(self.lm.device(layer), plan.beside)
+        return self._places[layer]
+
     def second_moment(self, layer: int) -> Tensor:
-        """C0 (d, d), float64, on the layer's device. Raises ConfigError if missing, NumericsError if
+        """C0 (d, d), float64, where the layer is solved. Raises ConfigError if missing, NumericsError if
         unusable.
         """
         found = self.statistics.get(layer)
@@ -236,7 +250,7 @@ class Editor(ABC):
                 f"the second moment of layer {layer} is {tuple(found.C.shape)}, its keys have width {d}; "
                 "use the statistics of this model and layer"
             )
-        return found.C.to(self.lm.device(layer))
+        return found.C.to(self.solve_device(layer))
 
     def _reset(self) -> None:
         self._masters: dict[str, Tensor] = {}

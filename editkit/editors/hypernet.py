@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..facts import Fact
 from ..hypernet.cache import RowFiles, RowMemory, check_memory, count_rows
 from ..hypernet.data import encode_pairs
-from ..hypernet.network import Hypernetwork, load_hypernetwork, require
+from ..hypernet.network import Hypernetwork, Rows, load_hypernetwork, require
 from ..hypernet.sites import oriented
 from .base import Editor, register
 
@@ -70,17 +70,23 @@ class HyperEditor(Editor):
         if values.get("hypernetwork") != self._digest:
             raise ConfigError("the saved stream was edited by another hypernetwork; load that one")
 
-    @torch.no_grad()
-    def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
+    def rows(self, pairs: list[tuple[str, str]]) -> Rows:
+        """Keys and gradients of (prompt, answer) pairs, on the model as it is.
+
+        Raises RequestError if they need more memory than there is.
+        """
         cfg, net = self.config, self.net
-        pairs = [(f.text, f.target) for f in facts]
         n_rows = count_rows(encode_pairs(self.lm, pairs, cfg.batch_size), net.config.tokens)
         check_memory(len(pairs), n_rows, net.sites, cfg.memory_limit, bool(cfg.folder))
         size = cfg.batch_size, net.config.tokens
         if cfg.folder:
-            rows = RowFiles(self.lm, net.sites, *size, folder=cfg.folder).take(pairs)
-        else:
-            rows = RowMemory(self.lm, net.sites, *size).take(pairs)
+            return RowFiles(self.lm, net.sites, *size, folder=cfg.folder).take(pairs)
+        return RowMemory(self.lm, net.sites, *size).take(pairs)
+
+    @torch.no_grad()
+    def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
+        net = self.net
+        rows = self.rows([(f.text, f.target) for f in facts])
         plan = net.plan(rows)
         self._broken = True
         for i, (site, shift) in enumerate(zip(net.sites, plan.shifts, strict=True)):

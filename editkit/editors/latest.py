@@ -90,4 +90,4 @@ class MemorizeLatest(LayerwiseEditor):
         return {}, {f"total.{layer}": A for layer, A in self.total.items()}
 
     def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.total = {int(k): A.to(self.lm.device(int(k))) for k, A in part(tensors, "total.").items()}
+        self.total = {int(k): A.to(self.solve_device(int(k))) for k, A in part(tensors, "total.").items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -113,6 +113,8 @@ class LayerwiseEditor(LocateEditor):
     measured again after each layer has been written.
     """
 
+    keeps_before: ClassVar[bool] = False  # whether `finish` reads the weights of before the batch
+
     @abstractmethod
     def step(self, facts: list[Fact], layer: int, K: Tensor, R: Tensor, W: Tensor) -> Tensor:
         """Delta (m, d) to add to W of this layer. K (d, n), R (m, n) this layer's share of the residual."""
@@ -126,11 +128,13 @@ class LayerwiseEditor(LocateEditor):
         return residuals[-1] / left
 
     def finish(self, facts: list[Fact], before: dict[int, Tensor]) -> None:
-        """Called when all layers are written; before: layer -> W (m, d) of before this batch."""
+        """Called when all layers are written; before: layer -> W (m, d) of before this batch, for
+        methods with `keeps_before`.
+        """
 
     def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
         Z = self.targets(facts)
-        before = {layer: self.matrix(layer) for layer in self.config.layers}
+        before = {layer: self.matrix(layer) for layer in self.config.layers if self.keeps_before}
         return self.write_targets(facts, Z, before)
 
     def write_targets(self, facts: list[Fact], Z: Tensor, before: dict[int, Tensor]) -> dict[str, Any]:
@@ -145,7 +149,8 @@ class LayerwiseEditor(LocateEditor):
             self.record(f"K_{layer}", K)
             self.record(f"curz_{layer}", now)
             self.record(f"resid_{layer}", R)
-            W = self.matrix(layer)
+            place = self.solve_device(layer)
+            W, K, R = self.matrix(layer).to(place), K.to(place), R.to(place)
             self.set_matrix(layer, W + self.step(facts, layer, K, R, W))
         self.finish(facts, before)
         gap = (Z - self.current(facts).to(Z.device)).norm(dim=0)

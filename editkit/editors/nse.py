@@ -109,7 +109,8 @@ class NSE(LocateEditor):
             K = self.keys(chosen, layer)
             now = self.current(chosen).to(Z.device)
             R = ((Z[:, active] - now) / (len(cfg.layers) - i)).to(K.device)
-            W = self.matrix(layer)
+            place = self.solve_device(layer)
+            W, K, R = self.matrix(layer).to(place), K.to(place), R.to(place)
             Delta = self._solve(layer, active, K, R, W)
             for name, value in (("K", K), ("curz", now), ("upd", Delta)):
                 self.record(f"{name}_{number}_{layer}", value)
@@ -143,7 +144,7 @@ class NSE(LocateEditor):
                 f for i, f in enumerate(facts) if not self.config.compensate or i not in self._pairs[layer]
             ]
             if new:
-                K = self.keys(new, layer)
+                K = self.keys(new, layer).to(self.solve_device(layer))
                 self.record(f"Kpost_{layer}", K)
                 G = K @ K.T
                 self.S[layer] = self.S[layer] + G if layer in self.S else G
@@ -154,4 +155,4 @@ class NSE(LocateEditor):
 
     def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for name, target in (("S.", self.S), ("error.", self.error)):
-            target.update({int(k): v.to(self.lm.device(int(k))) for k, v in part(tensors, name).items()})
+            target.update({int(k): v.to(self.solve_device(int(k))) for k, v in part(tensors, name).items()})

@@ -39,6 +39,7 @@ class PostprocessedEditor(MEMIT):
 
     Config = PostprocessedConfig
     config: PostprocessedConfig
+    keeps_before = True
 
     @abstractmethod
     def post(self, raw: Tensor, W: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class PostprocessedEditor(MEMIT):
 
     def finish(self, facts: list[Fact], before: dict[int, Tensor]) -> None:
         for layer, written in self._pending.items():
-            self.set_matrix(layer, before[layer] + written)
+            self.set_matrix(layer, before[layer].to(written.device) + written)
         self._pending = {}
 
     def history(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -79,4 +80,4 @@ class PostprocessedEditor(MEMIT):
 
     def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().load_history(values, tensors)
-        self.error = {int(k): E.to(self.lm.device(int(k))) for k, E in part(tensors, "error.").items()}
+        self.error = {int(k): E.to(self.solve_device(int(k))) for k, E in part(tensors, "error.").items()}

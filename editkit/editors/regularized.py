@@ -85,5 +85,5 @@ class Regularized(LayerwiseEditor):
 
     def load_history(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for layer in sorted({int(name.split(".")[0]) for name in tensors}):
-            device = self.lm.device(layer)
+            device = self.solve_device(layer)
             self.problem[layer] = {k: v.to(device) for k, v in part(tensors, f"{layer}.").items()}

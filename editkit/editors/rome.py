@@ -21,6 +21,8 @@ from ..errors import ConfigError
 from ..facts import Fact
 from ..hooks import submodule
 from ..linear.normal import rome_direction, rome_update
+from ..linear.system import Factor, as_gram, factorize
+from ..locate.contexts import ContextTemplates
 from ..locate.keys import compute_keys
 from ..locate.targets import TargetResult, optimize_targets
 from ..progress import bar
@@ -74,22 +76,32 @@ class ROME(LocateEditor):
             module="mlp",
         )  # fmt: skip
 
+    def key(self, fact: Fact, contexts: ContextTemplates | None) -> Tensor:
+        """Mean key (d,) over context templates, or that of the bare prompt, on the current weights."""
+        cfg = self.config
+        return compute_keys(
+            self.lm, [fact], cfg.layers[0], token=cfg.token, contexts=contexts, average="flat",
+            tokens_per_batch=cfg.tokens_per_batch,
+        )[:, 0]  # fmt: skip
+
+    def direction(self, k: Tensor) -> Tensor:
+        """u (d,) of a key; the second moment is factorised once and serves all facts."""
+        if not self.config.whiten:
+            return rome_direction(None, k)
+        if self._factor is None:
+            self._factor = factorize(as_gram(self.second_moment(self.config.layers[0]), "C"), "C")
+        return rome_direction(self._factor, k.to(self.solve_device(self.config.layers[0]))).to(k.device)
+
+    def reset_history(self) -> None:
+        self._factor: Factor | None = None
+
     def write_fact(self, fact: Fact) -> None:
         cfg, lm, layer = self.config, self.lm, self.config.layers[0]
-        contexts = self.templates()
-        C0 = self.second_moment(layer) if cfg.whiten else None
-
-        def key(templates, average: str) -> Tensor:
-            return compute_keys(
-                lm, [fact], layer, token=cfg.token, contexts=templates, average=average,
-                tokens_per_batch=cfg.tokens_per_batch,
-            )[:, 0]  # fmt: skip
-
-        mean = key(contexts, "flat")
-        u = rome_direction(C0, mean)
+        mean = self.key(fact, self.templates())
+        u = self.direction(mean)
         found = self.value(fact)
         v = found.z[:, 0]
-        k = mean if cfg.key == "mean" else key(None, "flat")
+        k = mean if cfg.key == "mean" else self.key(fact, None)
         # The MLP's output is W k + b: what is left for W k is v - b.
         bias = getattr(submodule(lm.model, lm.down_name(layer)), "bias", None)
         b = torch.zeros_like(v) if bias is None else bias.detach().to(v)

@@ -7,24 +7,20 @@ accelerator its own allocator is asked.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import check_known
-from ..device import is_accelerator
+from ..cost.meter import peak
 from ..errors import ConfigError
 from ..facts import Fact
 from ..models import LM
@@ -82,92 +78,13 @@ def measure_task(
         raise ConfigError(f"a cost needs at least 4 facts, got {len(facts)}")
     run_task(lm, task, facts[:3], layer, batched=batched)
     rest = list(facts[3:])
-    peak, wall, cpu = _peak(lambda: run_task(lm, task, rest, layer, batched=batched), lm.device())
+    rise, wall, cpu = peak(lambda: run_task(lm, task, rest, layer, batched=batched), lm.device())
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     return {
-        "seconds_per_fact": wall / len(rest), "cpu_seconds_per_fact": cpu / len(rest), "rise": peak,
-        "peak": weights + peak, "weights": weights, "bytes_per_fact": bytes_per_fact(lm, task, layer),
+        "seconds_per_fact": wall / len(rest), "cpu_seconds_per_fact": cpu / len(rest), "rise": rise,
+        "peak": weights + rise, "weights": weights, "bytes_per_fact": bytes_per_fact(lm, task, layer),
         "n": len(rest),
     }  # fmt: skip
-
-
-def _peak(call: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:
-    """Rise of the peak memory in bytes, wall seconds, processor seconds of a call."""
-    gc.collect()
-    if is_accelerator(device):
-        torch.accelerator.synchronize(device)
-        torch.accelerator.reset_peak_memory_stats(device)
-        base = torch.accelerator.memory_allocated(device)
-        start, busy = time.perf_counter(), time.process_time()
-        call()
-        torch.accelerator.synchronize(device)
-        seconds = time.perf_counter() - start, time.process_time() - busy
-        return float(torch.accelerator.max_memory_allocated(device) - base), *seconds
-    _trim()
-    with _Resident() as memory:
-        start, busy = time.perf_counter(), time.process_time()
-        call()
-        seconds = time.perf_counter() - start, time.process_time() - busy
-    return memory.rise, *seconds
-
-
-def _trim() -> None:
-    """Give freed heap back to the system where the C library can, or the next peak would hide in it."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class _Resident:
-    """Peak rise of the resident set inside a `with`: the kernel's own mark on Linux, samples elsewhere."""
-
-    def __enter__(self) -> _Resident:
-        self.rise, self._stop = 0.0, threading.Event()
-        self._exact = _reset_mark()
-        self._base = self._peak = _status("VmRSS") or _fallback()
-        if not self._exact:
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._exact:
-            self._peak = _status("VmHWM") or self._base
-        else:
-            self._stop.set()
-            self._thread.join()
-            self._peak = max(self._peak, _fallback())
-        self.rise = float(max(self._peak - self._base, 0))
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.002):
-            self._peak = max(self._peak, _status("VmRSS") or _fallback())
-
-
-def _reset_mark() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return _status("VmHWM") is not None
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(field + ":")]
-    return 1024 * int(found[0]) if found else None
-
-
-def _fallback() -> int:
-    """Largest resident set so far, in bytes (POSIX); 0 where nothing is known."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else 1024 * size
 
 
 def measure_costs(

@@ -137,14 +137,15 @@ def gradients(
     # Asked for one by one: a bar around the generator would hold on to the last gradient while the next is made.
     for i in bar(range(len(facts)), f"gradients of {len(facts)} facts", unit="fact"):
         parts = next(found)
+        if not all(bool(torch.isfinite(part).all()) for part in parts):  # part by part: no second copy of it all
+            raise NumericsError("a gradient has NaN or Inf; load the model in float32")
         if sketch:
             out[i] = sketch.apply(parts, plan)
-            continue
-        for part, where in zip(parts, _slices(parts), strict=True):
-            out[i, where] = part
-        del parts, part  # before the next one is made
-    if not torch.isfinite(out).all():
-        raise NumericsError("a gradient has NaN or Inf; load the model in float32")
+        else:
+            for part, where in zip(parts, _slices(parts), strict=True):
+                out[i, where] = part
+            del part
+        parts.clear()  # the generator holds the list, too; now, before the next one is made
     return out
 
 

@@ -118,9 +118,16 @@ def memit_update(K, R, C0, lam: float, S=None, *, ridge: float = 0.0, E=None, si
 
 
 def rome_direction(C, k) -> Tensor:
-    """ROME's key direction ``u = C^{-1} k / ||C^{-1} k||`` (d,); with C None ``k / ||k||``."""
+    """ROME's key direction ``u = C^{-1} k / ||C^{-1} k||`` (d,); with C None ``k / ||k||``.
+
+    C: (d, d) second moment, or its `Factor`, for many keys.
+    """
     k = as_float64(k, "k", (None,))
-    u = k if C is None else factorize(as_gram(C, "C", k.shape[0]), "C").solve(k[None])[0]
+    if C is None:
+        u = k
+    else:
+        factor = C if isinstance(C, Factor) else factorize(as_gram(C, "C", k.shape[0]), "C")
+        u = factor.solve(k[None])[0]
     norm = torch.linalg.vector_norm(u)
     if float(norm) == 0.0:
         raise NumericsError("the key is zero; check the lookup token and the layer")

@@ -67,7 +67,9 @@ class AccumulatedLeastSquares(ABC):
 
     def _M0(self) -> Tensor:
         """The prior as a fresh (r, r) matrix."""
-        return as_gram(self._prior, "M0", self.rank).to(self.device, copy=True)
+        if self._prior.ndim:  # checked and symmetric since the engine was made
+            return self._prior.to(self.device, copy=True)
+        return as_gram(self._prior, "M0", self.rank).to(self.device)
 
     # What an engine provides.
 

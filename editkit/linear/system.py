@@ -63,11 +63,11 @@ def as_gram(C, name: str, d: int | None = None) -> Tensor:
         return C * torch.eye(d, dtype=torch.float64, device=C.device)
     size = C.shape[0] if d is None else d
     C = as_float64(C, name, (size, size))
-    gap = float((C - C.T).abs().max()) if C.numel() else 0.0
+    gap = float((C - C.T).abs_().max()) if C.numel() else 0.0
     if gap > 1e-6 * max(float(C.abs().max()), 1e-300):
         raise NumericsError(f"{name} is not symmetric (largest difference {gap:.3g}); "
                             "pass a second-moment or Gram matrix such as K @ K.T")
-    return (C + C.T) / 2
+    return (C + C.T).div_(2)
 
 
 def as_nonnegative(x: float, name: str) -> float:

@@ -14,6 +14,7 @@ import nbformat
 import yaml
 
 from ..errors import ConfigError, DataError
+from . import benchmarks
 from .inputs import changes, prepare
 from .layout import SIDECAR, Layout, finished, sidecar_files
 from .provenance import PACKAGE, digest, tree_hash
@@ -77,6 +78,8 @@ def stage(study: Study, layout: Layout, source: Path) -> dict:
         for alias, entry in manifest.items()
     }
     (source / MANIFEST).write_text(json.dumps(public), encoding="utf-8")
+    if (layout.root / benchmarks.FOLDER).is_dir():
+        shutil.copytree(layout.root / benchmarks.FOLDER, source / benchmarks.STAGED)
     (source / PAGES).mkdir(exist_ok=True)
     (source / PAGES / "index.md").write_text(_INDEX, encoding="utf-8")
     _write_toc(pages / "_toc.yml", source, manifest)
