@@ -20,6 +20,14 @@ def test_blocks_run_in_order():
     assert page["engine"].n_facts > 0
 
 
+def test_blocks_of_the_linear_memory_run_in_order():
+    text = (PAGE.parents[1] / "foundations" / "linear_memory.md").read_text(encoding="utf-8")
+    page: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S):
+        exec(compile(block, "linear_memory.md", "exec"), page)
+    assert page["error"](page["Delta"] + page["later"]) < page["error"](page["Delta"] + page["forgetful"])
+
+
 def test_labels_are_unique_and_every_reference_has_one():
     labels = Counter(re.findall(r"^:label: (\S+)$", TEXT, flags=re.M))
     assert max(labels.values()) == 1
