@@ -37,8 +37,8 @@ def test_bars_are_met_or_said_to_be_missed():
 def test_numbers_are_named_by_path():
     reports = {"a": {"x": {"files / memory (s)": 0.0123, "b.c": [1]}, "dirty": True}}
     assert benchmarks.value(reports, "a:x/files / memory (s)") == 0.0123
-    assert benchmarks.formatted(reports, "a:x/files / memory (s) | .1%") == "1.2\u202f%"
-    assert benchmarks.formatted(reports, "a:x/files / memory (s) | * 1000 .1f") == "12.3"
+    assert benchmarks.formatted(reports, "a:x/files / memory (s) ; .1%") == "1.2\u202f%"
+    assert benchmarks.formatted(reports, "a:x/files / memory (s) ; * 1000 .1f") == "12.3"
     assert benchmarks.formatted(reports, "a:dirty") == "True"
     for bad, words in (("b:x", "no benchmark 'b'"), ("a:y", "nothing at 'y'; here is x, dirty"), ("a", "no benchmark"),
                        ("a:dirty/x", "here is the value True")):  # fmt: skip

@@ -1,6 +1,6 @@
 """Sphinx part of the benchmark results: numbers and the table come from benchmarks/results/*.json only.
 
-{bench}`targets:speed_up_processor_time | .1f`      a number by file and path (see editkit.runs.benchmarks)
+{bench}`targets:speed_up_processor_time ; .1f`      a number by file and path (see editkit.runs.benchmarks)
 
 ```{bench-table}                                    one table of them all
 """
@@ -29,7 +29,7 @@ def url(docname: str, name: str) -> str:
 
 
 class Bench(SphinxRole):
-    """{bench}`file:path | format`: a recorded number, linked to its file."""
+    """{bench}`file:path ; format`: a recorded number, linked to its file."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         reports = self.env.app.companion_benchmarks

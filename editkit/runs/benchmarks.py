@@ -100,8 +100,8 @@ def value(reports: dict[str, dict], target: str) -> Any:
 
 
 def formatted(reports: dict[str, dict], text: str) -> str:
-    """ "name:path | spec" as printed; a trailing * factor ("| * 1000 .2f") changes the unit."""
-    target, _, spec = text.partition("|")
+    """ "name:path ; spec" as printed; a factor before the spec ("; * 1000 .2f") changes the unit."""
+    target, _, spec = text.partition(";")
     number = value(reports, target)
     spec, factor = spec.strip(), 1.0
     if spec.startswith("*"):
