@@ -35,7 +35,9 @@ def test_two_methods_share(tmp_path, facts, made):
     with_cache.restore()
     make_editor("alphaedit", lm, threshold=0.5, record=second.__setitem__, **options).edit(facts)
     assert len(made) == 1 and len(list(tmp_path.glob("targets_*.safetensors"))) == 1
-    assert torch.equal(first["z"], second["z"]) and torch.equal(first["zloss"].isnan(), second["zloss"].isnan())
+    assert torch.equal(first["z"], second["z"]) and torch.equal(
+        first["zloss"].isnan(), second["zloss"].isnan()
+    )
     # The second batch of a stream belongs to edited weights.
     make_editor("memit", lm, lam=10.0, **options).edit([fact.replace(target="Rome") for fact in facts])
     assert len(made) == 2

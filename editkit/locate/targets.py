@@ -358,23 +358,27 @@ def optimize_targets(
     if cache_dir is None:
         return _optimize_all(lm, facts, layer, cfg, contexts, token, module)
     content = {
-        "format": "editkit-targets-1",
-        "fingerprint": lm.fingerprint(),
-        "tokenizer": tokenizer_hash(lm),
-        "facts": [[fact.prompt, fact.subject, fact.target] for fact in facts],
-        "contexts": contexts.groups,
-        "place": [layer, module, token],
-        "options": cfg.to_dict(),
-    }
+        "format": "editkit-targets-1", "fingerprint": lm.fingerprint(), "tokenizer": tokenizer_hash(lm),
+        "facts": [[fact.prompt, fact.subject, fact.target] for fact in facts], "contexts": contexts.groups,
+        "place": [layer, module, token], "options": cfg.to_dict(),
+    }  # fmt: skip
     found = found_or_made(
-        cache_dir, "targets", content, lambda: vars(_optimize_all(lm, facts, layer, cfg, contexts, token, module))
+        cache_dir,
+        "targets",
+        content,
+        lambda: vars(_optimize_all(lm, facts, layer, cfg, contexts, token, module)),
     )
-    place = lm.device(layer)
-    return TargetResult(found["z"].to(place), found["init"].to(place), found["losses"])
+    return TargetResult(*(found[x].to(lm.device(layer)) for x in ("z", "init")), found["losses"])
 
 
 def _optimize_all(
-    lm: LM, facts: list[Fact], layer: int, cfg: TargetConfig, contexts: ContextTemplates, token: Where, module: str
+    lm: LM,
+    facts: list[Fact],
+    layer: int,
+    cfg: TargetConfig,
+    contexts: ContextTemplates,
+    token: Where,
+    module: str,
 ) -> TargetResult:
     last = lm.n_layers - 1
     read = lm.check_layer(last if cfg.loss_layer is None else max(cfg.loss_layer, layer))

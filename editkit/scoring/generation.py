@@ -186,7 +186,9 @@ def generate(
             "sampling needs a seeded generator: pass generator=torch.Generator().manual_seed(seed)"
         )
     if isinstance(generator, Sequence) and len(generator) != len(prompts):
-        raise ConfigError(f"{len(generator)} generators for {len(prompts)} prompts; give one, or one per prompt")
+        raise ConfigError(
+            f"{len(generator)} generators for {len(prompts)} prompts; give one, or one per prompt"
+        )
     if isinstance(prompts, str):
         raise RequestError("prompts must be a list of texts; wrap the single prompt in a list")
     if not prompts:
@@ -239,7 +241,7 @@ def _similar_lengths(rows, limits, batch_size: int | None, token_budget: int) ->
     widest = 0
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
         wide = max(widest, limits[i])
-        full = batch and (len(batch) + 1) * wide > token_budget or len(batch) == batch_size
+        full = (batch and (len(batch) + 1) * wide > token_budget) or len(batch) == batch_size
         if full or (batch and len(rows[i]) - len(rows[batch[-1]]) > limits[i] - len(rows[i])):
             work.append(batch)
             batch, wide = [], limits[i]

@@ -227,7 +227,9 @@ def _generate(
 ) -> list[dict]:
     pairs = [(x.prompt, x.answer) for x in items]
     if from_baseline and (baseline is None or not baseline.texts.keys() >= set(pairs)):
-        raise ConfigError("the baseline lacks texts of these probes; take it with Baseline.of on the same facts")
+        raise ConfigError(
+            "the baseline lacks texts of these probes; take it with Baseline.of on the same facts"
+        )
     texts = [baseline.texts[p] for p in pairs] if from_baseline else reader.continuations(pairs)
     rows = []
     for x, pair, text in zip(items, pairs, texts, strict=True):

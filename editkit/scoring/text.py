@@ -197,7 +197,9 @@ def score_text(
     if tfidf is None and any(references):
         tfidf = TfIdf.fit([r for r in references if r])
     rows = []
-    for fact, reference, texts in zip(facts, references, _free_texts(lm, facts, seed, **options), strict=True):
+    for fact, reference, texts in zip(
+        facts, references, _free_texts(lm, facts, seed, **options), strict=True
+    ):
         joined = " ".join(texts)
         rows.append({
             "fact_id": fact.case_id or fact.key,
