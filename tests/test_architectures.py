@@ -100,8 +100,10 @@ def test_every_method_runs(model_type, facts):
         assert len(generate(lm, [f.text for f in facts], max_new_tokens=2)) == 4
         made.restore()
         assert lm.fingerprint() == before and [s.nll for s in score_targets(lm, pairs)] == unedited, name
-    reuse = [optimize_targets(lm, facts, 1, TargetConfig(steps=3, reuse_prefix=r)).z for r in (True, False)]
-    torch.testing.assert_close(*reuse, rtol=1e-4, atol=1e-5)
+    lm.model.double()  # in float32 rounding can decide the sign of Adam's step where a gradient is almost zero
+    reuse = [optimize_targets(lm, facts, 0, TargetConfig(steps=3, reuse_prefix=r)).z for r in (True, False)]
+    torch.testing.assert_close(*reuse, rtol=1e-6, atol=1e-8)
+    lm.model.float()
     assert gradsim(lm, facts[:2], facts[2:]).shape == (2, 2)
     assert torch.isfinite(represent(lm, facts, layer=1)).all()
 
