@@ -63,7 +63,8 @@ def check_config(config: PretrainedConfig, name: str, spec: ArchSpec | None = No
     if config.model_type in UNSUPPORTED:
         raise ModelError(
             f"{name} ({config.model_type}) cannot be edited: {UNSUPPORTED[config.model_type]}. Choose a model of the "
-            f"architecture table ({', '.join(ARCHITECTURES)}), or, knowing this, pass an ArchSpec as load_lm(..., spec=...)"
+            f"architecture table ({', '.join(ARCHITECTURES)}), or, knowing this, pass an "
+            "ArchSpec as load_lm(..., spec=...)"
         )
     inner = getattr(config, "text_config", None)
     if inner is not None and config.model_type not in ARCHITECTURES:

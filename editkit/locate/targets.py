@@ -346,9 +346,8 @@ def optimize_targets(
 
     Raises RequestError (subject, slot, target), ModelError (layer), NumericsError (loss NaN or Inf).
     """
-    cfg = TargetConfig.make(cfg)
+    cfg, facts = TargetConfig.make(cfg), list(facts)
     check_where(token)
-    facts = list(facts)
     if not facts:
         raise RequestError("no facts to optimise targets for: the list is empty")
     for i, fact in enumerate(facts):
