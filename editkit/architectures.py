@@ -56,13 +56,39 @@ GPT_NEOX = ArchSpec(
     orientation="linear", block_output="tensor",
 )  # fmt: skip
 LLAMA = ArchSpec(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    model_types=("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "olmo", "smollm3", "stablelm"),
     blocks="model.layers", mlp="mlp", down="mlp.down_proj", up=("mlp.gate_proj", "mlp.up_proj"),
     attn="self_attn", attn_out="self_attn.o_proj",
     norm="model.norm", head="lm_head", embed="model.embed_tokens",
     orientation="linear", block_output="tensor",
 )  # fmt: skip
+# One matrix makes gate and up value; the down projection, which holds the memory, is as usual.
+PHI3 = dataclasses.replace(LLAMA, model_types=("phi3",), up=("mlp.gate_up_proj",))
+PHI = dataclasses.replace(
+    LLAMA, model_types=("phi",), down="mlp.fc2", up=("mlp.fc1",), attn_out="self_attn.dense",
+    norm="model.final_layernorm",
+)  # fmt: skip
+STARCODER2 = dataclasses.replace(LLAMA, model_types=("starcoder2",), down="mlp.c_proj", up=("mlp.c_fc",))
 
 ARCHITECTURES: dict[str, ArchSpec] = {
-    t: spec for spec in (GPT2, GPTJ, GPT_NEOX, LLAMA) for t in spec.model_types
+    t: spec for spec in (GPT2, GPTJ, GPT_NEOX, LLAMA, PHI3, PHI, STARCODER2) for t in spec.model_types
 }
+
+_NORM_BEHIND = (
+    "a norm stands behind its MLP, so what is written into the down projection is rescaled before it reaches the "
+    "hidden states, and the solve of locate-then-edit methods does not hold"
+)
+_EXPERTS = "its MLPs are mixtures of experts: a block has no single down projection that holds the memory"
+_SCALED = "it scales the residual branches or the logits by constants, which the table cannot describe"
+_ENCODER = "it is an encoder without causal language modelling"
+UNSUPPORTED: dict[str, str] = {
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4"), _NORM_BEHIND),
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "dbrx",
+         "granitemoe", "llama4_text"), _EXPERTS,
+    ),
+    **dict.fromkeys(("granite", "cohere", "cohere2"), _SCALED),
+    **dict.fromkeys(("bert", "roberta", "distilbert", "electra", "deberta", "deberta-v2", "modernbert"), _ENCODER),
+    "opt": "its MLP sees all tokens of a batch in one long row, where a lookup by row and column finds the wrong ones",
+    "bloom": "its MLP adds the residual itself, so its output is not the value of the memory",
+}  # fmt: skip

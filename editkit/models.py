@@ -23,7 +23,7 @@ from .architectures import ARCHITECTURES, ArchSpec
 from .batching import Encoding
 from .errors import EditkitError, ModelError, NumericsError, RequestError
 from .hooks import hidden, submodule
-from .preflight import check_source
+from .preflight import check_config, check_source
 
 __all__ = ["ARCHITECTURES", "LM", "ArchSpec", "Encoding", "hidden", "load_lm"]
 
@@ -326,15 +326,9 @@ def _short_name(source: str) -> str:
 
 def _find_spec(model: PreTrainedModel) -> ArchSpec:
     config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; editkit edits decoder-only models")
-    if kind not in ARCHITECTURES:
-        raise ModelError(
-            f"no row for model type {kind!r} in the architecture table ({', '.join(ARCHITECTURES)}); "
-            "write an editkit.models.ArchSpec with its module paths and pass it as load_lm(..., spec=...)"
-        )
-    return ARCHITECTURES[kind]
+    if config is None:
+        raise ModelError(f"{type(model).__name__} has no configuration; pass a causal LM of transformers")
+    return check_config(config, type(model).__name__)
 
 
 def load_lm(

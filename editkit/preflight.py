@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .architectures import ARCHITECTURES, ArchSpec
+from .architectures import ARCHITECTURES, UNSUPPORTED, ArchSpec
 from .errors import EditkitError, ModelError
 
 GIB = 2**30
@@ -60,6 +60,20 @@ def check_config(config: PretrainedConfig, name: str, spec: ArchSpec | None = No
         )
     if spec is not None:
         return spec
+    if config.model_type in UNSUPPORTED:
+        raise ModelError(
+            f"{name} ({config.model_type}) cannot be edited: {UNSUPPORTED[config.model_type]}. Choose a model of the "
+            f"architecture table ({', '.join(ARCHITECTURES)}), or, knowing this, pass an "
+            "ArchSpec as load_lm(..., spec=...)"
+        )
+    inner = getattr(config, "text_config", None)
+    if inner is not None and config.model_type not in ARCHITECTURES:
+        kind = getattr(inner, "model_type", "unknown")
+        raise ModelError(
+            f"{name} ({config.model_type}) wraps a language model ({kind}) together with other inputs; editkit edits "
+            "the language model alone: load that as a causal LM and pass the object to load_lm, or take a text "
+            "checkpoint" + ("" if kind in ARCHITECTURES else f" (of a class of the table; {kind} is none)")
+        )
     if config.model_type not in ARCHITECTURES:
         raise ModelError(
             f"no row for model type {config.model_type!r} in the architecture table ({', '.join(ARCHITECTURES)}); "

@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .batching import by_length
+from .cached import content_key, locked
 from .errors import ConfigError, DataError, NumericsError
 from .hooks import trace
 from .models import LM
 from .progress import bar
 
 _CHUNK = 2048  # texts tokenized at once
+_STRIP = 128  # rows of a product that are computed at a time, at least
 _FORMAT = "editkit-second-moment-1"
 
 
@@ -145,8 +147,7 @@ def _provenance(
 
 def _cache_path(cache_dir: str | os.PathLike, provenance: dict, layer: int) -> Path:
     content = {k: v for k, v in provenance.items() if k != "model"} | {"layer": layer}
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Path(cache_dir) / f"second_moment_layer{layer}_{key[:32]}.safetensors"
+    return Path(cache_dir) / f"second_moment_layer{layer}_{content_key(content)}.safetensors"
 
 
 def second_moment(
@@ -184,28 +185,43 @@ def second_moment(
     by_length([], tokens_per_batch)  # checks the budget
     max_length = min(tokens_per_batch, lm.max_tokens or tokens_per_batch)
     provenance = _provenance(lm, texts, tokens_per_batch, max_length, dtype)
-    done: dict[int, Covariance] = {}
-    if cache_dir is not None:
-        for layer in layers:
-            path = _cache_path(cache_dir, provenance, layer)
-            if path.exists():
-                done[layer] = Covariance.load(path).to(lm.device(layer))
-    missing = [layer for layer in layers if layer not in done]
-    if missing:
+    def compute(missing: Sequence[int]) -> dict[int, Covariance]:
         sums, n = _accumulate(lm, missing, texts, tokens_per_batch, max_length, dtype)
-        for layer in missing:
-            about = {
-                **provenance,
-                "layer": layer,
-                "module": lm.down_name(layer),
-                "transformers": transformers.__version__,
-            }
-            # The product is symmetric up to rounding; make it exactly so.
-            C = (sums[layer] + sums[layer].T) / (2 * n)
-            done[layer] = Covariance(C.double(), n, about)
-            if cache_dir is not None:
-                done[layer].save(_cache_path(cache_dir, provenance, layer))
-    return {layer: done[layer] for layer in layers}
+        return {layer: _finished(lm, layer, sums[layer], n, provenance) for layer in missing}
+
+    if cache_dir is None:
+        return compute(layers)
+    # Runs that start together often need the same layers: one computes, the others wait and read.
+    content = {k: v for k, v in provenance.items() if k != "model"}
+    with locked(cache_dir, f"second_moment_{content_key(content)}"):
+        paths = {layer: _cache_path(cache_dir, provenance, layer) for layer in layers}
+        done = {i: Covariance.load(path).to(lm.device(i)) for i, path in paths.items() if path.exists()}
+        missing = [layer for layer in layers if layer not in done]
+        new = compute(missing) if missing else {}
+        for layer, moment in new.items():
+            moment.save(paths[layer])
+    return {layer: done.get(layer) or new[layer] for layer in layers}
+
+
+def _finished(lm: LM, layer: int, total: Tensor, n: int, provenance: dict) -> Covariance:
+    """The moment of one layer from the upper triangle of its sum."""
+    about = {
+        **provenance,
+        "layer": layer,
+        "module": lm.down_name(layer),
+        "transformers": transformers.__version__,
+    }
+    C = total.triu()
+    return Covariance(((C + C.triu(1).T) / n).double(), n, about)
+
+
+def _add_gram(total: Tensor, X: Tensor) -> None:
+    """Add the upper triangle of X^T X to total (d, d), X (tokens, d): half the work of the whole product."""
+    d = X.shape[1]
+    strip = max(_STRIP, d // 8)
+    for start in range(0, d, strip):
+        rows = slice(start, start + strip)
+        total[rows, start:].addmm_(X[:, rows].T, X[:, start:])
 
 
 @torch.no_grad()
@@ -233,7 +249,6 @@ def _accumulate(
                 lm.forward(batch)
             for layer, name in names.items():
                 keys = seen.input[name]
-                X = keys[real.to(keys.device)].to(dtype)
-                sums[layer].addmm_(X.T, X)
+                _add_gram(sums[layer], keys[real.to(keys.device)].to(dtype))
             n += int(real.sum())
     return sums, n

@@ -40,6 +40,7 @@ class Editor(ABC):
                 refused.
     statistics: layer -> second moment of the keys (`statistics.second_moment`), for methods that need it.
     contexts:   context templates; None lets the editor sample them from the model at its first edit.
+    cache_dir:  folder in which targets are kept and found again, also by other methods; None keeps none.
     record:     called as record(name, tensor) with intermediate results (conformance, plots).
 
     Raises ConfigError, ModelError or NumericsError before any work if something does not fit.
@@ -56,8 +57,10 @@ class Editor(ABC):
         statistics: Mapping[int, Covariance | Tensor] | None = None,
         contexts: ContextTemplates | Sequence | None = None,
         record: Record | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ) -> None:
         self.lm = lm
+        self.cache_dir = cache_dir
         self.config = self.Config.make(config)
         self.record: Record = record or (lambda name, value: None)
         self.statistics = {
@@ -298,12 +301,14 @@ def make_editor(
     background: Sequence[str] | None = None,
     record: Record | None = None,
     preset: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
     **config: Any,
 ):
     """An `Editor` or `memory.MemoryEditor` by its registered name; `config` are its options.
 
     background: texts unrelated to the edits, for memories.   preset: published options of a model (`presets`), by
-    name or "auto" for the one of this model's shape; what `config` gives comes on top.
+    name or "auto" for the one of this model's shape; what `config` gives comes on top.   cache_dir: folder for the
+    targets of locate-then-edit methods, which share them there.
     Raises ConfigError for unknown names and options, and for a preset of another model.
     """
     check_known([name], sorted(EDITORS), "editor")
@@ -314,5 +319,7 @@ def make_editor(
     cls = EDITORS[name]
     if background is not None and issubclass(cls, Editor):
         raise ConfigError(f"{name} changes weights and takes no background texts; pass statistics=...")
-    more = {} if background is None else {"background": background}
+    more: dict[str, Any] = {} if background is None else {"background": background}
+    if issubclass(cls, Editor):
+        more["cache_dir"] = cache_dir
     return cls(lm, config, statistics=statistics, contexts=contexts, record=record, **more)

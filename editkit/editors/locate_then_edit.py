@@ -80,8 +80,9 @@ class LocateEditor(Editor):
         """Z (m, n): target block outputs at the last edited layer, on the current weights."""
         cfg = self.config
         found = optimize_targets(
-            self.lm, facts, cfg.layers[-1], cfg.targets, contexts=self.templates(), token=cfg.token
-        )
+            self.lm, facts, cfg.layers[-1], cfg.targets, contexts=self.templates(), token=cfg.token,
+            cache_dir=self.cache_dir,
+        )  # fmt: skip
         self.record("z", found.z)
         self.record("zloss", found.losses)
         return found.z

@@ -73,7 +73,7 @@ class ROME(LocateEditor):
         cfg = self.config
         return optimize_targets(
             self.lm, [fact], cfg.layers[0], cfg.targets, contexts=self.templates(), token=cfg.token,
-            module="mlp",
+            module="mlp", cache_dir=self.cache_dir,
         )  # fmt: skip
 
     def key(self, fact: Fact, contexts: ContextTemplates | None) -> Tensor:

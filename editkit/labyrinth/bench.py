@@ -9,16 +9,12 @@ An arm is one row of a comparison: an editor with options and a fixed look. Targ
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import check_known
@@ -164,22 +160,10 @@ class Bench:
             self.given |= {f.key: z for f, z in zip(chunk, Z.T, strict=True)}
 
     def _stored(self, facts: Sequence[Fact], config: TargetConfig) -> Tensor:
-        content = [
-            self.fingerprint, self.layers[-1], self.token, self.contexts.groups, config.to_dict(),
-            [[f.prompt, f.subject, f.target] for f in facts],
-        ]  # fmt: skip
-        name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-        path = None if self.cache_dir is None else self.cache_dir / f"targets_{name}.safetensors"
-        if path is not None and path.exists():
-            return load_file(path)["Z"].to(self.lm.device(self.layers[-1]))
-        Z = optimize_targets(
-            self.lm, list(facts), self.layers[-1], config, contexts=self.contexts, token=self.token
-        ).z
-        if path is not None:
-            part = path.with_suffix(f".{os.getpid()}.part")  # runs of one study may share the cache
-            save_file({"Z": Z.cpu().contiguous()}, part)
-            part.replace(path)
-        return Z
+        return optimize_targets(
+            self.lm, list(facts), self.layers[-1], config, contexts=self.contexts, token=self.token,
+            cache_dir=self.cache_dir,
+        ).z  # fmt: skip
 
 
 def arm_named(name: str) -> Arm:

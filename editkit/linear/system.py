@@ -41,8 +41,8 @@ def as_float64(x, name: str, shape: tuple[int | None, ...] | None = None) -> Ten
             wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
             raise NumericsError(f"{name} has shape {tuple(out.shape)}, expected {wanted}; keys are columns "
                                 "(d, n), values (m, n), weights (m, d): transpose or re-collect it")
-    bad = ~torch.isfinite(out)
-    if bad.any():
+    # A finite sum has finite terms; only the search for the first bad entry needs a mask of them all.
+    if not torch.isfinite(out.sum()) and (bad := ~torch.isfinite(out)).any():
         first = tuple(bad.nonzero()[0].tolist())
         raise NumericsError(f"{name} has {int(bad.sum())} NaN or Inf entries (first at index {first}); "
                             "recompute it in float32 or higher and check the forward pass that produced it")
@@ -63,6 +63,8 @@ def as_gram(C, name: str, d: int | None = None) -> Tensor:
         return C * torch.eye(d, dtype=torch.float64, device=C.device)
     size = C.shape[0] if d is None else d
     C = as_float64(C, name, (size, size))
+    if torch.equal(C, C.T):
+        return C.clone()
     gap = float((C - C.T).abs_().max()) if C.numel() else 0.0
     if gap > 1e-6 * max(float(C.abs().max()), 1e-300):
         raise NumericsError(f"{name} is not symmetric (largest difference {gap:.3g}); "

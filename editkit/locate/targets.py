@@ -13,6 +13,7 @@ Symbols: m value width, n facts, h_i state of fact i before editing, z_i = h_i +
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from ..batching import Encoding, by_length
+from ..cached import found_or_made
 from ..config import Config, option
 from ..errors import NumericsError, RequestError
 from ..facts import Fact, validate_fact
@@ -28,6 +30,7 @@ from ..hooks import frozen, trace
 from ..lookup import Where, check_where, find_spans
 from ..models import LM
 from ..progress import bar
+from ..statistics import tokenizer_hash
 from .contexts import ContextTemplates
 from .replay import Replay
 
@@ -329,30 +332,58 @@ def optimize_targets(
     contexts: ContextTemplates | Sequence | None = None,
     token: Where = "subject_last",
     module: Literal["block", "mlp"] = "block",
+    cache_dir: str | os.PathLike | None = None,
 ) -> TargetResult:
     """Targets of all facts at one layer, on the current weights.
 
     layer:  block whose output ("block", MEMIT) or MLP output ("mlp", ROME) is optimised.
     token:  lookup token in the prompt. The KL prompt is edited at its subject: at the same token of the
             subject, and at the last one for lookup tokens outside it.
+    cache_dir: folder in which targets are found again by whatever method asks for the same ones: named by a hash of
+            model weights, tokenizer, facts, contexts, layer, token, module and all options.
     Facts are batched under `cfg.tokens_per_batch`; a fact that has reached the loss threshold takes no
     further steps and leaves the batch.
 
     Raises RequestError (subject, slot, target), ModelError (layer), NumericsError (loss NaN or Inf).
     """
-    cfg = TargetConfig.make(cfg)
+    cfg, facts = TargetConfig.make(cfg), list(facts)
     check_where(token)
-    facts = list(facts)
     if not facts:
         raise RequestError("no facts to optimise targets for: the list is empty")
     for i, fact in enumerate(facts):
         validate_fact(fact, i)
     layer = lm.check_layer(layer)
+    contexts = ContextTemplates.of(contexts)
+    if cache_dir is None:
+        return _optimize_all(lm, facts, layer, cfg, contexts, token, module)
+    content = {
+        "format": "editkit-targets-1", "fingerprint": lm.fingerprint(), "tokenizer": tokenizer_hash(lm),
+        "facts": [[fact.prompt, fact.subject, fact.target] for fact in facts], "contexts": contexts.groups,
+        "place": [layer, module, token], "options": cfg.to_dict(),
+    }  # fmt: skip
+    found = found_or_made(
+        cache_dir,
+        "targets",
+        content,
+        lambda: vars(_optimize_all(lm, facts, layer, cfg, contexts, token, module)),
+    )
+    return TargetResult(*(found[x].to(lm.device(layer)) for x in ("z", "init")), found["losses"])
+
+
+def _optimize_all(
+    lm: LM,
+    facts: list[Fact],
+    layer: int,
+    cfg: TargetConfig,
+    contexts: ContextTemplates,
+    token: Where,
+    module: str,
+) -> TargetResult:
     last = lm.n_layers - 1
     read = lm.check_layer(last if cfg.loss_layer is None else max(cfg.loss_layer, layer))
     edited = lm.block_name(layer) if module == "block" else lm.mlp_name(layer)
     names = (edited, lm.block_name(read), lm.block_name(last if cfg.kl_factor else read))
-    rows = encode_targets(lm, facts, ContextTemplates.of(contexts), token, cfg.kl_prompt)
+    rows = encode_targets(lm, facts, contexts, token, cfg.kl_prompt)
     width = lm.weight_shape(layer)[0]
     z = torch.empty(len(facts), width, dtype=torch.float64, device=lm.device(layer))
     init = torch.empty_like(z)

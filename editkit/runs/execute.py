@@ -33,6 +33,13 @@ from .study import RunSpec, data_root, missing_files
 from .worker import DIED, FAILED, NO_START, OK, OOM_CODES
 
 CURRENT, UNAVAILABLE = "current", "unavailable"
+# glibc gives large blocks back to the system at once and asks for them again, page by page, at every layer of every
+# forward pass; kept, a run takes a tenth less time. Other C libraries do not read these variables.
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 OUT_OF_MEMORY = "out of memory (the system killed the process)"
 
 
@@ -175,6 +182,8 @@ def _environment(run: Prepared, layout: Layout, target: Path, work: Path) -> dic
         # Said by tqdm.auto (through transformers) where ipywidgets is missing, in whichever cell imports it first.
         "PYTHONWARNINGS": ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"))),
     }
+    for name, value in MALLOC.items():
+        env.setdefault(name, value)
     env.setdefault(CACHE_DIR, str(layout.scratch / "cache"))
     if data_root(layout.root).is_dir():
         env.setdefault("EDITKIT_DATA", str(data_root(layout.root)))

@@ -171,7 +171,8 @@ def _servers(contexts: list[tuple[int, ...]], share: bool) -> tuple[list[tuple[i
     return rows, [server[c] for c in contexts]
 
 
-def _keeps_logits(lm: LM) -> bool:
+def keeps_logits(lm: LM) -> bool:
+    """Whether the model can be told to compute the logits of the last positions only."""
     return "logits_to_keep" in inspect.signature(lm.model.forward).parameters
 
 
@@ -205,7 +206,7 @@ def score_targets(
     for i, row in enumerate(server):
         served[row].append(i)
     result: list[TargetScore | None] = [None] * len(unique)
-    keep = _keeps_logits(lm) and padding_side == "left"
+    keep = keeps_logits(lm) and padding_side == "left"
     work = list(batches([len(r) for r in rows], batch_size, token_budget))
     for batch in bar(work, desc):
         inputs = pad_rows(lm, [rows[i] for i in batch], padding_side)
@@ -240,7 +241,8 @@ def next_tokens(
     result: dict[str, int] = {}
     for batch in batches([len(r) for r in rows], batch_size, token_budget):
         inputs = pad_rows(lm, [rows[i] for i in batch], "left")
-        logits = lm.model(**inputs, use_cache=False, return_dict=True).logits[:, -1]
+        keep = {"logits_to_keep": 1} if keeps_logits(lm) else {}
+        logits = lm.model(**inputs, use_cache=False, return_dict=True, **keep).logits[:, -1]
         result.update(zip([unique[i] for i in batch], logits.argmax(-1).tolist(), strict=True))
     return [result[p] for p in prompts]
 

@@ -38,6 +38,7 @@ def evaluate(
     facts_per_edit: int | None = None,
     restore: Restore = "end",
     before: bool = True,
+    unedited: Baseline | None = None,
     **options,
 ) -> pd.DataFrame:
     """Edit `facts` in chunks, in the given order, and score them under each protocol.
@@ -51,6 +52,8 @@ def evaluate(
         independent (MEMIT's script; only with "after_each"). "never" leaves the model edited.
     before: score the unedited model too. options: those of `score` (match, candidates, batch_size, ...); a
         baseline is taken here, before the first edit, for the protocols that use one.
+    unedited: that baseline, if it has been read before (`Baseline.of` on this model as it is now, for these facts,
+        axes and protocols): several methods on the same facts need to read the unedited model once.
 
     Returns the rows of `score` with the columns when ("before", "after_all" or "after_each") and step (number
     of facts edited when the row was scored) in front. Raises ConfigError or RequestError before any edit.
@@ -59,15 +62,16 @@ def evaluate(
     _check(when, protocols, restore, facts_per_edit, options)
     expand(facts, axes)
     lookups = [p for p in protocols if p in ("easyedit", "generate")]
-    baseline = None
-    if lookups:
+    baseline = unedited
+    if lookups and baseline is None:
         batching = {k: v for k, v in options.items() if k in _BATCHING}
         baseline = Baseline.of(lm, facts, axes, protocols=lookups, **batching)
     tables: list[pd.DataFrame] = []
 
     def take(chosen: Sequence[Fact], label: str, step: int, chosen_axes: Sequence[str] | None) -> None:
         for protocol in protocols if chosen_axes is None or chosen_axes else ():
-            table = score(lm, chosen, protocol, chosen_axes, baseline=baseline, **options)
+            known = {"from_baseline": True} if label == "before" and protocol == "generate" else {}
+            table = score(lm, chosen, protocol, chosen_axes, baseline=baseline, **known, **options)
             table.insert(0, "when", label)
             table.insert(1, "step", step)
             tables.append(table)

@@ -123,6 +123,7 @@ def score(
     token_budget: int = TOKEN_BUDGET,
     padding_side: PaddingSide = "left",
     whole_texts: bool = False,
+    from_baseline: bool = False,
 ) -> pd.DataFrame:
     """Score the model as it is now on every probe of the facts, one row per probe.
 
@@ -144,6 +145,7 @@ def score(
         is the column that `match` names, see `says`.
 
     whole_texts, batch_size, token_budget, padding_side: see `score_targets`.
+    from_baseline: protocol generate on the unedited model itself: read its texts from the baseline, which has them.
     Raises ConfigError, RequestError or DataError before the model runs if something does not fit.
     """
     if protocol not in PROTOCOLS:
@@ -161,7 +163,7 @@ def score(
     elif protocol == "multiple_choice":
         extra = _multiple_choice(reader, items, candidates, max_candidates, seed)
     else:
-        extra = _generate(reader, items, baseline, match)
+        extra = _generate(reader, items, baseline, match, from_baseline)
     return pd.DataFrame([{**x.row, "protocol": protocol, **e} for x, e in zip(items, extra, strict=True)])
 
 
@@ -220,10 +222,17 @@ def _easyedit(reader: _Reader, items: Sequence[Item], baseline: Baseline | None)
     return rows
 
 
-def _generate(reader: _Reader, items: Sequence[Item], baseline: Baseline | None, match: Match) -> list[dict]:
+def _generate(
+    reader: _Reader, items: Sequence[Item], baseline: Baseline | None, match: Match, from_baseline: bool
+) -> list[dict]:
     pairs = [(x.prompt, x.answer) for x in items]
+    if from_baseline and (baseline is None or not baseline.texts.keys() >= set(pairs)):
+        raise ConfigError(
+            "the baseline lacks texts of these probes; take it with Baseline.of on the same facts"
+        )
+    texts = [baseline.texts[p] for p in pairs] if from_baseline else reader.continuations(pairs)
     rows = []
-    for x, pair, text in zip(items, pairs, reader.continuations(pairs), strict=True):
+    for x, pair, text in zip(items, pairs, texts, strict=True):
         row: dict = {m: float(says(text, x.answer, m)) for m in ("exact", "prefix")}
         before = None if baseline is None else baseline.texts.get(pair)
         row["unchanged"] = np.nan if before is None else float(text == before)

@@ -6,20 +6,18 @@ import collections
 import hashlib
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from nltk.tokenize.destructive import NLTKWordTokenizer
-from nltk.tokenize.punkt import PunktSentenceTokenizer
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from ..errors import ConfigError, DataError, RequestError
 from ..facts import Fact
 from ..models import LM
 from ..progress import bar
+from ..prompts import readers
 from .engine import TOKEN_BUDGET, PaddingSide, batches, pad_rows
 from .generation import generate, released_text
 
@@ -28,6 +26,10 @@ _FLUENCY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 def words(text: str) -> list[str]:
     """Word tokens: nltk's `word_tokenize` with an untrained Punkt sentence splitter (no download)."""
+    # Imported where needed, here and below: a second that most processes would spend for nothing.
+    from nltk.tokenize.destructive import NLTKWordTokenizer
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
+
     tokenizer = NLTKWordTokenizer()
     return [w for sentence in PunktSentenceTokenizer().tokenize(text) for w in tokenizer.tokenize(sentence)]
 
@@ -69,6 +71,8 @@ class TfIdf:
     """
 
     def __init__(self, vocabulary: Mapping[str, int], idf: np.ndarray) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         self._vectorizer = TfidfVectorizer(vocabulary=dict(vocabulary))
         try:
             self._vectorizer.idf_ = np.asarray(idf, dtype=np.float64)
@@ -79,6 +83,8 @@ class TfIdf:
     @classmethod
     def fit(cls, texts: Sequence[str]) -> TfIdf:
         """Smoothed weights ln((1 + N) / (1 + df)) + 1 over N texts. Raises DataError if they hold no word."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         try:
             fitted = TfidfVectorizer().fit(texts)
         except ValueError as error:
@@ -187,15 +193,13 @@ def score_text(
     if not facts:
         raise DataError("no fact has generation prompts; fill Fact.generation")
     references = [" ".join(f.reference) for f in facts]
+    options = {"max_total_tokens": max_total_tokens, "top_k": top_k, "stop": stop, "batch_size": batch_size}
     if tfidf is None and any(references):
         tfidf = TfIdf.fit([r for r in references if r])
     rows = []
-    for fact, reference in zip(bar(facts, "free text"), references, strict=True):
-        made = generate(
-            lm, fact.generation, max_total_tokens=max_total_tokens, top_k=top_k, stop=stop,
-            batch_size=batch_size, generator=torch.Generator().manual_seed(_fact_seed(seed, fact)),
-        )  # fmt: skip
-        texts = [released_text(lm, g.ids) for g in made]
+    for fact, reference, texts in zip(
+        facts, references, _free_texts(lm, facts, seed, **options), strict=True
+    ):
         joined = " ".join(texts)
         rows.append({
             "fact_id": fact.case_id or fact.key,
@@ -204,3 +208,22 @@ def score_text(
             "text": joined,
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _free_texts(
+    lm: LM, facts: Sequence[Fact], seed: int, batch_size: int | None, **options
+) -> Iterator[list[str]]:
+    """The generations of each fact. All facts run in one batch, each with a generator of its own; one after the other
+    with a memory attached, whose batches are made by length, or under a given batch_size.
+    """
+    draws = [torch.Generator().manual_seed(_fact_seed(seed, fact)) for fact in facts]
+    if readers(lm) or batch_size is not None:
+        for fact, draw in zip(bar(facts, "free text"), draws, strict=True):
+            made = generate(lm, fact.generation, generator=draw, batch_size=batch_size, **options)
+            yield [released_text(lm, g.ids) for g in made]
+        return
+    prompts = [prompt for fact in facts for prompt in fact.generation]
+    per_prompt = [draw for fact, draw in zip(facts, draws, strict=True) for _ in fact.generation]
+    made = iter(generate(lm, prompts, generator=per_prompt, desc="free text", **options))
+    for fact in facts:
+        yield [released_text(lm, next(made).ids) for _ in fact.generation]

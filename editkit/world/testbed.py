@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from ..cached import content_key
 from ..errors import DataError
 from ..facts import Fact
 from ..models import LM, load_lm
@@ -23,6 +24,9 @@ from .companion import corpus_pairs, load_companion
 from .records import edit_facts
 from .train import greedy_recall
 from .world import World
+
+if TYPE_CHECKING:
+    from ..scoring import Baseline
 
 PRESET_FILE = "editing.json"
 
@@ -182,13 +186,15 @@ def edit_and_score(
     statistics_by_layer: Mapping | None = None,
     cache_dir: str | Path | None = None,
     before: bool = True,
+    unedited: dict[str, Baseline] | None = None,
     **options,
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Write n counterfactual edits with a method (of `METHODS`, or a registered editor) at the model's preset and
     score them after the last one.
 
     facts_per_edit: batch size of the stream (None: one batch). protected: probes per fact on each axis that must
-    not change. options: override the preset. The model is restored afterwards, also after an error.
+    not change. options: override the preset. unedited: see `run_method`. The model is restored afterwards, also after
+    an error.
     Returns (rows of `scoring.evaluate`, {"before": summary, "after_all": summary}), summaries per axis with 95 %
     bootstrap intervals over facts for the first protocol.
     """
@@ -208,9 +214,28 @@ def edit_and_score(
     if statistics_by_layer is None:
         statistics_by_layer = statistics(lm, world, settings["layers"], cache_dir)
     made = make_editor(METHODS.get(editor, (editor,))[0], lm, statistics=statistics_by_layer, **settings)
-    rows = evaluate(lm, made, facts, "after_all", protocols, facts_per_edit=facts_per_edit, before=before)
+    rows = evaluate(
+        lm, made, facts, "after_all", protocols, facts_per_edit=facts_per_edit, before=before,
+        unedited=_read_once(lm, facts, protocols, unedited),
+    )  # fmt: skip
     first = rows[rows["protocol"] == protocols[0]]
     return rows, {when: summarize(part, ["axis"]) for when, part in first.groupby("when", sort=False)}
+
+
+def _read_once(
+    lm: LM, facts: Sequence[Fact], protocols: Sequence[str], kept: dict[str, Baseline] | None
+) -> Baseline | None:
+    """What the model says to the probes now, for the protocols that ask, from `kept` if it has been read before."""
+    from ..scoring import Baseline
+
+    lookups = [p for p in protocols if p in ("easyedit", "generate")]
+    if kept is None or not lookups:
+        return None
+    content = [lm.fingerprint(), lookups, repr(facts)]
+    key = content_key(content)
+    if key not in kept:
+        kept[key] = Baseline.of(lm, facts, protocols=lookups)
+    return kept[key]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,26 +263,27 @@ def run_method(
     text_tokens: int = 40,
     protocols: Sequence[str] = ("generate", "rome"),
     before: bool = True,
+    unedited: dict[str, Baseline] | None = None,
     **options,
 ) -> MethodResult:
-    """One method on one draw of n edits in one call: scores after (and before), free text, cost. Restores the model."""
+    """One method on one draw of n edits in one call: scores after (and before), free text, cost. Restores the model.
+
+    unedited: filled with what the unedited model says to each draw; pass the same dictionary for all methods on a
+    model, and it is read once per draw.
+    """
     from ..editors import make_editor
     from ..scoring import evaluate, score_text
 
-    facts = edit_facts(
-        world,
-        n,
-        seed,
-        n_paraphrases=n_paraphrases,
-        n_neighbors=protected,
-        n_locality=protected,
-        n_same_subject=protected,
-    )
+    drawn = {"n_paraphrases": n_paraphrases, "n_neighbors": protected, "n_locality": protected}
+    facts = edit_facts(world, n, seed, **drawn, n_same_subject=protected)
+    baseline = _read_once(lm, facts, protocols, unedited)
     settings = {**preset(lm, method), **options}
     editor = make_editor(METHODS.get(method, (method,))[0], lm, statistics=statistics_by_layer, **settings)
     clock = _Timed(editor)
     try:
-        scores = evaluate(lm, clock, facts, "after_all", protocols, restore="never", before=before)
+        scores = evaluate(
+            lm, clock, facts, "after_all", protocols, restore="never", before=before, unedited=baseline
+        )
         texts = score_text(lm, facts[:generated], seed=seed, max_total_tokens=text_tokens)
     finally:
         editor.restore()
