@@ -63,7 +63,7 @@ def world_facts(world, n: int, seed: int, *, protected: int = 2, n_paraphrases: 
 def last_half(lm: LM) -> list[int]:
     """The layers that hypernetworks edit: the upper half of the model (published: the last six of 32).
 
-    They read keys where the answer is predicted, and there the lower layers do not know the subject yet.
+    On validation facts of the companion they do better there than in MEMIT's layers (horse_training.ipynb).
     """
     return list(range(lm.n_layers // 2, lm.n_layers))
 
