@@ -38,6 +38,7 @@ _ENGINE = "engines/inverse/speed_up_processor_time/"
 _BATCH, _ALONE = "speed_up_processor_time/", "one text at a time, whole model"
 _PAIRS, _PRODUCT = "widths/{}/ratio/processor/top_k/of_medians", "bare product of all pairs"
 _FILES = "steps/{}/speed_up/files / memory, known facts (processor)"
+_READ = "processor_seconds/{}/ratio"
 _RECURSIVE, _STREAM = "recursive_d4096", "a batch of 100, d = 4,096"
 _MEMOIR, _PLAIN = "edits/15000/batch 32/{}/overhead", "forward pass without memory"
 ROWS = (
@@ -45,6 +46,10 @@ ROWS = (
     Row("batching", "keys of 100 facts", _ALONE, _BATCH + "keys"),
     Row("batching", "second moment of 300 texts", _ALONE, _BATCH + "covariance"),
     Row("batching", "evaluation of 200 answers", _ALONE, _BATCH + "evaluation"),
+    Row("reading", "free texts of 12 facts", "one fact at a time", _READ.format("free texts")),
+    Row("reading", "unedited model, for 4 methods", "read anew for each", _READ.format("unedited model, 4 methods")),
+    Row("reading", "second moment of 1,000 texts", "full products", _READ.format("second moments, one layer")),
+    Row("reading", "300 greedy continuations", "in the given order", _READ.format("greedy continuations")),
     Row(_RECURSIVE, _STREAM, "AlphaEdit as released (LU)", _ENGINE + "released_alphaedit", "10"),
     Row(_RECURSIVE, _STREAM, "MEMIT with history as released (LU)", _ENGINE + "released_memit_seq", "10"),
     Row(_RECURSIVE, _STREAM, "one-time solution (Cholesky)", _ENGINE + "one_time"),
