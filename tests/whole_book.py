@@ -128,7 +128,7 @@ def whole_book() -> Path:
     root = Path(keep.name)
     skip = shutil.ignore_patterns("_build", "runs", "__pycache__", ".ipynb_checkpoints")
     shutil.copytree(ROOT / "book", root / "book", ignore=skip)
-    for folder in ("results", "notebooks"):
+    for folder in ("results", "notebooks", "benchmarks/results"):
         shutil.copytree(ROOT / folder, root / folder)
     shutil.copy2(ROOT / "_config.yml", root / "_config.yml")
     stand_ins(root, root / "book")
