@@ -41,7 +41,7 @@ class Bench(SphinxRole):
         name = self.text.partition(":")[0].strip()
         return [
             nodes.reference(
-                "", text, refuri=url(self.env.docname, name), internal=True, classes=["ek-val"],
+                "", text, refuri=url(self.env.docname, name), internal=True, classes=["ek-val", "ek-bench"],
                 reftitle=f"benchmark {name}.json; {benchmarks.origin(reports[name])}",
             )
         ], []  # fmt: skip
