@@ -132,7 +132,8 @@ BROKEN = {
         "encoder-decoder",
     ),
     "quantised": (llama3_8b(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised .gptq."),
-    "unknown": (hf.BertConfig(hidden_size=16), "no row for model type 'bert'"),
+    "encoder": (hf.BertConfig(hidden_size=16), "it is an encoder"),
+    "unknown": (hf.MptConfig(d_model=8, n_layers=1, n_heads=2), "no row for model type 'mpt'"),
 }
 
 
