@@ -100,7 +100,8 @@ def test_every_quoted_number_is_that_of_its_sidecar():
         )
         wanted = [printed(*role.strip().partition(" ")[::2]) for role in re.findall(r"\{val\}`([^`]+)`", text)]
         path = whole_book() / source.relative_to(ROOT / "book").with_suffix(".html")
-        found = [a.get_text() for a in parsed()[path].select("a.ek-val:not(.ek-bench)") if not a.find_parent(class_="ek-entry")]
+        roles = parsed()[path].select("a.ek-val:not(.ek-bench)")
+        found = [a.get_text() for a in roles if not a.find_parent(class_="ek-entry")]
         assert found == wanted, source.name
         checked += len(wanted)
     assert checked > 300
