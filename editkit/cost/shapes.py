@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from ..config import check_known
+from ..device import is_accelerator
 from ..errors import ConfigError
 from ..models import LM, load_lm
 from ..preflight import check_fits, empty_model, weight_bytes
@@ -122,8 +123,8 @@ def make_random(shape: Shape, device: torch.device, dtype: torch.dtype, tokenize
     config = shape.config()
     if device.type == "cpu":
         check_fits(weight_bytes(empty_model(config), dtype), dtype, shape.name)
-    places = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=places, device_type="cuda" if device.type == "cpu" else device.type):
+    kind = {"device_type": device.type} if is_accelerator(device) else {}
+    with torch.random.fork_rng(devices=[device] if kind else [], **kind):
         torch.manual_seed(seed)
         with device:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
