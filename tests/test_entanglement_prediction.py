@@ -572,10 +572,10 @@ def test_costs_of_every_task():
 
 
 def test_published_figures_have_a_source():
-    from editkit.studies.clare import published
+    from editkit.studies import published
 
-    gains = published.table("gain").set_index("model").gain_over_gradsim
+    gains = published.table("clare", "gain").set_index("model").gain_over_gradsim
     assert np.isclose(gains["mean"], gains.drop("mean").mean(), atol=2e-3)
-    assert "2603.19297" in published.source("gain")
+    assert "2603.19297" in published.source("clare", "gain")
     with pytest.raises(ConfigError, match="published"):
-        published.table("nothing")
+        published.table("clare", "nothing")

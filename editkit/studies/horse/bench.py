@@ -7,10 +7,8 @@ which no results page reads, with the same trials for MALMEN and HORSE (notebook
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -244,8 +242,3 @@ def gain(rows: pd.DataFrame, protocol: str, method: str, others: Sequence[str], 
     if not difference.any():
         return dataclasses.replace(found, lo=-found.hi)
     return found
-
-
-def published() -> dict[str, Any]:
-    """What is known of the paper's own figures, with its source; nothing in it was computed here."""
-    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
