@@ -4,13 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from editkit.errors import ConfigError, NumericsError, RequestError
-from editkit.facts import Fact
-from editkit.labyrinth import published
-from editkit.labyrinth.health import downstream, drift, first_metric, held_out_texts, recall, text_perplexity
-from editkit.labyrinth.revisions import read_back, revision_stream, write_round
+from editkit.base.errors import ConfigError, NumericsError, RequestError
+from editkit.corpora.world.world import World
+from editkit.models.facts import Fact
 from editkit.scoring import generate
-from editkit.world.world import World
+from editkit.studies.labyrinth import published
+from editkit.studies.labyrinth.health import (
+    downstream,
+    drift,
+    first_metric,
+    held_out_texts,
+    recall,
+    text_perplexity,
+)
+from editkit.studies.labyrinth.revisions import read_back, revision_stream, write_round
 
 
 def test_drift_of_a_moved_and_of_a_turned_cloud():

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from editkit.errors import ConfigError, DataError
-from editkit.labyrinth import published
-from editkit.runs.layout import Layout
-from editkit.runs.notebook import read_notebook
-from editkit.runs.quote import Runs
-from editkit.runs.reference import references
-from editkit.runs.study import load_study
+from editkit.base.errors import ConfigError, DataError
+from editkit.press.layout import Layout
+from editkit.press.notebook import read_notebook
+from editkit.press.quote import Runs
+from editkit.press.reference import references
+from editkit.press.study import load_study
+from editkit.studies.labyrinth import published
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
+from editkit.base.errors import ConfigError, DataError, RequestError
 from editkit.corpora import selfcheck, temporal
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, DataError, RequestError
-from editkit.facts import Probe
-from editkit.lifelong import arms, articles, data, published, streams
-from editkit.testing import check_memory_editor
-from editkit.world import World
+from editkit.corpora.world import World
+from editkit.methods import make_editor
+from editkit.methods.contract import check_memory_editor
+from editkit.models.facts import Probe
+from editkit.studies.memoir import arms, articles, data, published, streams
 
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]
 SMALL = {
@@ -84,7 +84,7 @@ def test_background_is_about_nothing_that_is_edited(world):
 
 
 def articles_facts(world, seed):
-    from editkit.world.records import edit_facts
+    from editkit.corpora.world.records import edit_facts
 
     return edit_facts(world, 4, seed, n_paraphrases=1, n_neighbors=1, n_locality=2, n_same_subject=0)
 

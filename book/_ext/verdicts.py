@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 import editkit
-from editkit.config import check_known
-from editkit.errors import DataError
-from editkit.runs.quote import Lookup, Runs
+from editkit.base.config import check_known
+from editkit.base.errors import DataError
+from editkit.press.quote import Lookup, Runs
 
 HOLDS, FAILS, OPEN, ABSENT = "holds", "fails", "open", "not run"
 FORM, DIRECTION, NOT, UNDECIDED, NOT_RUN, UNTESTABLE = (
