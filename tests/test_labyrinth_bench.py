@@ -17,7 +17,7 @@ from editkit.studies.labyrinth.health import Checkup, states, watch
 from editkit.studies.labyrinth.revisions import state_gap
 from editkit.studies.labyrinth.scores import arm_scores, paired_gain, paper_row, pipeline_gap, scores_now
 from editkit.studies.streams import Keep, edit_stream, kept_stream, spread
-from editkit.studies.testbed import CorpusTestbed, WorldTestbed
+from editkit.studies.testbed import CorpusTestbed, TableTestbed
 
 OPTIONS = {"layers": (0, 1), "token": "last", "lam": 5.0, "z_steps": 4, "z_lr": 0.5, "z_clamp_factor": 4.0}
 
@@ -231,7 +231,7 @@ def test_no_edit_touches_a_bystander():
     world = World(seed=0, n_people=20, n_companies=4)
     facts = edit_facts(world, 12, 0)
     touched = {c.key for f in facts for c in changes(world, f.relation, f.subject, f.target)}
-    rows = WorldTestbed(None, "world", ".", world).untouched(facts, 100, 0)
+    rows = TableTestbed(None, "world", ".", world).untouched(facts, 100, 0)
     assert len(rows) == 100
     asked = {(t, s) for t, s, _ in rows}
     for relation, subject in touched:

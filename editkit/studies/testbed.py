@@ -4,8 +4,8 @@
     facts = bed.edits(100, seed=0)            # counterfactual requests with all their probes
     moments = bed.moments(layers)             # second moments over the testbed's text
 
-`World` is the generated world of a companion: every consequence of an edit is known. `Corpus` is a data set of
-requests, with what the model is known to know where that was measured.
+A `TableTestbed` asks about a table of facts: the generated world of a companion, or the real facts, as far as the model
+knows them; every consequence of an edit follows from the table. A `CorpusTestbed` is a data set of requests.
 """
 
 from __future__ import annotations
@@ -19,22 +19,29 @@ from typing import Any
 import numpy as np
 
 from ..base.config import check_known
-from ..base.errors import DataError
+from ..base.errors import ConfigError, DataError
+from ..corpora import real
+from ..corpora.table import FactTable
 from ..corpora.world import World, edit_facts
 from ..corpora.world.companion import load_companion, load_world
 from ..corpora.world.records import changes
 from ..locate.moments import Covariance, second_moment
 from ..models.facts import Fact
 from ..models.lm import LM, load_lm
+from ..models.pretrained import PRETRAINED, pretrained_folder
 from .arms import options_of
 
 Statement = tuple[str, str, str]  # template, subject, true answer
-CORPORA = ("world", "clare", "counterfact", "multi_counterfact", "zsre")
+CORPORA = ("world", "real", "clare", "counterfact", "multi_counterfact", "zsre")
 
 
 def open_model(name: str, **options: Any) -> LM:
-    """ "companion" (the shipped one), or a folder / hub name of any causal LM of the architecture table."""
-    return load_companion() if name == "companion" else load_lm(name, **options)
+    """ "companion" (the shipped one), "smollm2" (fetched), or a folder, GGUF file or hub name of any causal LM of the
+    architecture table. Raises DataError "not available here" for a model that has to be fetched first.
+    """
+    if name == "companion":
+        return load_companion()
+    return load_lm(str(pretrained_folder(name)) if name in PRETRAINED else name, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,45 +102,54 @@ class Testbed(ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class WorldTestbed(Testbed):
-    """A companion and its generated world."""
+class TableTestbed(Testbed):
+    """A model and a table of facts. own_texts: its text, where the table does not bring one."""
 
-    world: World | None = None
+    table: FactTable | None = None
+    own_texts: tuple[str, ...] = ()
 
     def edits(self, n, seed, *, n_paraphrases=2, protected=3, n_same_subject=None, relations=None):
         return [] if n == 0 else edit_facts(
-            self.world, n, seed, relations, n_paraphrases=n_paraphrases, n_neighbors=protected, n_locality=protected,
+            self.table, n, seed, relations, n_paraphrases=n_paraphrases, n_neighbors=protected, n_locality=protected,
             n_same_subject=protected if n_same_subject is None else n_same_subject,
         )  # fmt: skip
 
     def untouched(self, facts, n, seed):
-        world = self.world
-        touched = {c.key for f in facts for c in changes(world, f.relation, f.subject, f.target)}
-        rows = [s for s in world.statements() if (s.relation, s.subject) not in touched]
-        picks = np.random.default_rng([seed, world.seed, 13]).permutation(len(rows))[:n]
+        table = self.table
+        touched = {c.key for f in facts for c in changes(table, f.relation, f.subject, f.target)}
+        rows = [s for s in table.statements() if (s.relation, s.subject) not in touched]
+        picks = np.random.default_rng([seed, table.seed, 13]).permutation(len(rows))[:n]
         return [
-            (world.relation(s.relation).templates[s.template_index].text, s.subject, s.answer)
+            (table.relation(s.relation).templates[s.template_index].text, s.subject, s.answer)
             for s in (rows[i] for i in picks)
         ]
 
     def background(self, facts, n, seed):
         taken = {f.subject for f in facts}
         seen = {f.text for f in facts} | {p for f in facts for p in f.paraphrases}
-        seen |= {
-            p.prompt for f in facts for p in (*f.neighborhood, *f.locality, *f.same_subject, *f.consequences)
-        }
-        pool = [s for s in self.world.statements() if s.subject not in taken and s.prompt not in seen]
+        seen |= {p.prompt for f in facts for p in (*f.neighborhood, *f.locality, *f.same_subject, *f.consequences)}
+        pool = [s for s in self.table.statements() if s.subject not in taken and s.prompt not in seen]
         rng = np.random.default_rng([seed, 77])
         return [pool[i].text for i in rng.choice(len(pool), min(n, len(pool)), replace=False)]
 
     def texts(self):
-        return self.world.corpus_texts()
+        return list(self.own_texts) or self.world.corpus_texts()
 
     def held_out(self, n, seed=1):
-        """Biographies of people of another world: language the model has learned, about people it never met."""
+        """Of a world, biographies of people of another one, whom the model never met; else later texts of its own."""
+        if self.own_texts:
+            picks = np.random.default_rng([seed, 17]).permutation(len(self.own_texts))[:n]
+            return [self.own_texts[i] for i in picks]
         companies = len(self.world.companies)
         other = World(seed=self.world.seed + 1 + seed, n_people=max(4, n + n % 2), n_companies=companies)
         return [b.text for b in other.biographies(1, seed)][:n]
+
+    @property
+    def world(self) -> World:
+        """The generated world. Raises ConfigError for a table that is none."""
+        if not isinstance(self.table, World):
+            raise ConfigError(f"this needs a generated world; {self.corpus} is none: choose the companion")
+        return self.table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,21 +211,26 @@ def statistics(
     max_texts: int | None = 6000,
 ) -> Mapping[int, Covariance]:
     """Second moments over the text of a companion's world (`Testbed.moments`)."""
-    return WorldTestbed(lm, "world", ".", world).moments(layers, cache_dir, max_texts=max_texts)
+    return TableTestbed(lm, "world", ".", world).moments(layers, cache_dir, max_texts=max_texts)
 
 
-def open_testbed(model: str = "companion", corpus: str = "world", **options: Any) -> Testbed:
-    """The testbed of a model. corpus: one of `CORPORA`; options: of `load_lm`.
+def open_testbed(model: str = "companion", corpus: str = "auto", **options: Any) -> Testbed:
+    """The testbed of a model. corpus: one of `CORPORA`, or "auto": real facts for a pretrained model, else the world.
 
-    The world is that of the companion's folder, or the shipped one. Raises ConfigError for an unknown corpus,
-    DataError where files are missing.
+    The world is that of the companion's folder, or the shipped one. options: of `load_lm`. Raises ConfigError for an
+    unknown corpus, DataError where files are missing or the model is not available here.
     """
-    check_known([corpus], CORPORA, "corpus")
+    check_known([corpus], (*CORPORA, "auto"), "corpus")
+    if corpus == "auto":
+        corpus = "real" if model in PRETRAINED else "world"
     lm = open_model(model, **options)
-    world = load_world(model if (Path(model) / "world.json").exists() else None)
     if corpus == "world":
-        return WorldTestbed(lm, corpus, ".", world)
-    return CorpusTestbed(lm, corpus, "", tuple(_requests(corpus)), tuple(world.corpus_texts()))
+        world = load_world(model if (Path(model) / "world.json").exists() else None)
+        return TableTestbed(lm, corpus, ".", world)
+    texts = real.english() if model != "companion" else tuple(load_world().corpus_texts())
+    if corpus == "real":
+        return TableTestbed(lm, corpus, "", real.load(), texts)
+    return CorpusTestbed(lm, corpus, "", tuple(_requests(corpus)), texts)
 
 
 def _requests(corpus: str) -> list[Fact]:

@@ -15,7 +15,7 @@ from ...models.facts import Fact
 from ...models.lm import LM
 from ...scoring import generate, says, score_targets
 from ..bench import Bench
-from ..testbed import WorldTestbed
+from ..testbed import TableTestbed
 from .health import states
 
 
@@ -84,7 +84,7 @@ def revision_stream(
 
 def object_pools(bench: Bench) -> dict[str, list[str]]:
     """relation (or prompt) -> objects that occur in it, in the world or among the facts of the corpus."""
-    if isinstance(bench.testbed, WorldTestbed):
+    if isinstance(bench.testbed, TableTestbed):
         return {r: bench.testbed.world.objects(r) for r in {f.relation for f in bench.facts}}
     pools: dict[str, list[str]] = {}
     for fact in bench.facts:
