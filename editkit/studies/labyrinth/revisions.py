@@ -85,7 +85,7 @@ def revision_stream(
 def object_pools(bench: Bench) -> dict[str, list[str]]:
     """relation (or prompt) -> objects that occur in it, in the world or among the facts of the corpus."""
     if isinstance(bench.testbed, TableTestbed):
-        return {r: bench.testbed.world.objects(r) for r in {f.relation for f in bench.facts}}
+        return {r: bench.testbed.table.objects(r) for r in {f.relation for f in bench.facts}}
     pools: dict[str, list[str]] = {}
     for fact in bench.facts:
         pools.setdefault(fact.relation or fact.prompt, []).extend(

@@ -12,7 +12,7 @@ import numpy as np
 from ...base.errors import ConfigError, DataError
 from ...models.facts import Fact
 from ...models.lm import LM
-from ..testbed import Testbed, TableTestbed
+from ..testbed import TableTestbed, Testbed
 from .articles import as_facts, hallucination_records, temporal_records
 
 
@@ -77,7 +77,7 @@ def _drawn(bed: Testbed, make, seeds: Sequence[int], n_background: int) -> Strea
 def _world(bed: Testbed) -> Any:
     if not isinstance(bed, TableTestbed):
         raise ConfigError(
-            f"these records are made from a generated world; {bed.corpus} has none: choose a real file"
+            f"these records are made from a generated world; {bed.corpus} is none: choose a real file"
         )
     return bed.world
 
