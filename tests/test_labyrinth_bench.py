@@ -15,7 +15,7 @@ from editkit.studies.arms import ARMS
 from editkit.studies.bench import Bench
 from editkit.studies.labyrinth.health import Checkup, states, watch
 from editkit.studies.labyrinth.revisions import state_gap
-from editkit.studies.labyrinth.scores import arm_scores, paired_gain, paper_row, pipeline_gap, scores_now
+from editkit.studies.labyrinth.scores import paired_gain, paper_row, pipeline_gap, scores_now
 from editkit.studies.streams import Keep, edit_stream, kept_stream, spread
 from editkit.studies.testbed import CorpusTestbed, TableTestbed
 
@@ -92,7 +92,10 @@ def test_one_layer_bare_prompt_and_fixed_targets_equal_one_time_editing(bench):
 
 def test_scores_in_the_papers_form(bench):
     bench.prepare()
-    rows, text = arm_scores(bench, "memit-seq", 2)
+    editor = bench.editor("memit-seq")
+    edit_stream(editor, bench.facts, 2)
+    rows, text = scores_now(bench, bench.facts)
+    editor.restore()
     before, _ = scores_now(bench, bench.facts)
     row = paper_row(rows, text, "rome", n_boot=50)
     assert set(row) == {"Eff", "Gen", "Spe"}

@@ -13,27 +13,10 @@ from ...locate.keys import compute_keys
 from ...models.facts import Fact
 from ...scoring import Interval, bootstrap_mean, score, score_text, summarize
 from ..bench import Bench
-from ..streams import edit_stream, kept_stream, spread
+from ..streams import edit_stream, spread
 from .sequences import relative
 
 AXES = ("efficacy", "paraphrase", "neighborhood", "same_subject")
-
-
-def arm_scores(
-    bench: Bench, arm: str, batch: int | None, *, shared: bool = True, n_scored: int | None = None, **options
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Edit all facts of the bench with one arm, score them after the last batch, restore the model.
-
-    batch: facts per batch, None: all at once.   n_scored: score this many facts, evenly spread over the
-    stream (None: all).   options: axes, protocols, n_text, text_tokens, seed of `scores_now`.
-    """
-    editor = bench.editor(arm, shared=shared)
-    size = batch or len(bench.facts)
-    try:
-        edit_stream(editor, bench.facts, size, keep=kept_stream(bench, editor, size, shared))
-        return scores_now(bench, spread(bench.facts, n_scored), **options)
-    finally:
-        editor.restore()
 
 
 def scores_now(
