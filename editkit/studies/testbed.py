@@ -24,6 +24,7 @@ from ..corpora.world.train import greedy_recall
 from ..corpora.world.world import World
 from ..models.facts import Fact
 from ..models.lm import LM, load_lm
+from ..models.pretrained import PRETRAINED, pretrained_folder
 
 if TYPE_CHECKING:
     from ..scoring import Baseline
@@ -42,8 +43,12 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def open_model(name: str, **options) -> LM:
-    """ "companion" (the shipped one), or a folder / hub name of any causal LM of the architecture table."""
-    return load_companion() if name == "companion" else load_lm(name, **options)
+    """ "companion" (the shipped one), "smollm2" (fetched), or a folder, GGUF file or hub name of any causal LM of the
+    architecture table. Raises DataError "not available here" for a model that has to be fetched first.
+    """
+    if name == "companion":
+        return load_companion()
+    return load_lm(str(pretrained_folder(name)) if name in PRETRAINED else name, **options)
 
 
 def preset(lm: LM, method: str = "memit") -> dict[str, Any]:

@@ -16,8 +16,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..base.errors import EditkitError, ModelError
 from .architectures import ArchSpec
-from .errors import EditkitError, ModelError
 from .preflight import check_config, check_fits, empty_model, weight_bytes
 
 NOTE = (

