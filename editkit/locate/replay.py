@@ -9,14 +9,14 @@ optimisation repeats such passes twenty times and more.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from ..models.batching import Encoding
-from ..models.hooks import bypassed, entering, trace
+from ..models.hooks import EditFn, bypassed, entering, trace
 from ..models.lm import LM
 
 
@@ -51,7 +51,6 @@ class Replay:
         return window is None or window >= 2 * encoding.input_ids.shape[1]
 
     @classmethod
-    @torch.no_grad()
     def of(
         cls, lm: LM, encoding: Encoding, columns: Tensor, layer: int, stop_at: str, after: bool = False
     ) -> Replay:
@@ -59,9 +58,31 @@ class Replay:
 
         after: what is edited is the output of block `layer`, so that the block itself need not run again.
         """
+        return cls.several(lm, encoding, columns, [layer], stop_at=stop_at, after=after)[0][layer]
+
+    @classmethod
+    @torch.no_grad()
+    def several(
+        cls,
+        lm: LM,
+        encoding: Encoding,
+        columns: Tensor,
+        layers: Sequence[int],
+        *,
+        stop_at: str,
+        after: bool = False,
+        edit: Mapping[str, EditFn] | None = None,
+        record: Sequence[str] = (),
+    ) -> tuple[dict[int, Replay], dict[str, Tensor]]:
+        """One run, from which passes can begin at each of some layers; and outputs of modules, moved like `entry`.
+
+        edit: applied in this run (and part of what the later passes start from). The prefixes are stored once.
+        """
         cache = DynamicCache()
-        block = lm.block_name(layer)
-        with trace(lm.model, [block], inputs=not after, outputs=after, stop_at=stop_at) as seen:
+        blocks = [lm.block_name(i) for i in layers]
+        with trace(
+            lm.model, {*blocks, *record}, inputs=not after, outputs=True, edit=edit, stop_at=stop_at
+        ) as seen:
             lm.forward(encoding, use_cache=True, past_key_values=cache)
         prefix = int(columns.max())
         here = torch.arange(prefix, device=columns.device)
@@ -72,14 +93,24 @@ class Replay:
         index = torch.where(inside, index, columns[:, None])
         inputs = {name: encoding[name].gather(1, index) for name in ("input_ids", "position_ids")}
         inputs["attention_mask"] = torch.cat([owned, inside.to(owned)], dim=1)
-        entry = seen.output[block] if after else seen.input[block]
-        at = index.to(entry.device)[..., None].expand(-1, -1, entry.shape[-1])
+
+        def moved(states: Tensor) -> Tensor:
+            return states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
+
         # Copies, so that the whole pass is not kept alive by views of it.
-        past = [
-            (kv.keys[:, :, :prefix].clone(), kv.values[:, :, :prefix].clone())
-            for kv in cache.layers[layer + after :]
-        ]
-        return cls(inputs, past, entry.gather(1, at), layer, after)
+        past = {
+            i: (kv.keys[:, :, :prefix].clone(), kv.values[:, :, :prefix].clone())
+            for i, kv in enumerate(cache.layers)
+            if i >= min(layers) + after
+        }
+        entries = seen.output if after else seen.input
+        made = {
+            i: cls(
+                inputs, [past[j] for j in past if j >= i + after], moved(entries[lm.block_name(i)]), i, after
+            )
+            for i in layers
+        }
+        return made, {name: moved(seen.output[name]) for name in record}
 
     def take(self, rows: Sequence[int]) -> Replay:
         """Some of the rows."""
@@ -106,3 +137,8 @@ class Replay:
             entering(lm.model, lm.block_name(self.layer), self.entry),
         ):
             lm.model(**self.inputs, past_key_values=cache, use_cache=True, return_dict=True)
+
+
+def run(lm: LM, inputs: Encoding | Replay) -> None:
+    """A forward pass over whole rows or over suffixes."""
+    inputs.forward(lm) if isinstance(inputs, Replay) else lm.forward(inputs)

@@ -30,11 +30,11 @@ from ..models.facts import Fact, validate_fact
 from ..models.hooks import frozen, trace
 from ..models.lm import LM
 from ..models.lookup import Where, check_where
-from ..models.products import Products, products
+from ..models.products import products
 from .contexts import ContextTemplates
 from .keys import read_states
 from .moments import tokenizer_hash
-from .replay import Replay
+from .replay import Replay, run
 from .target_rows import TargetRows, encode_targets
 
 LOSSES = ("total", "nll", "kl", "decay")
@@ -77,9 +77,9 @@ class TargetConfig(Config):
     reuse_prefix: bool = option(
         True, "compute what lies below the edited block or before the edited token once, not at every step"
     )
-    products: Products = option(
+    products: Literal["model", "bfloat16"] = option(
         "model", "'bfloat16': round the factors of the blocks' products, where a processor is faster at it"
-    )  # noqa: RUF009
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _evaluate(
         return out.index_put((rows, columns.to(out.device)), old + added.to(out))
 
     with trace(lm.model, {read, end}, edit={edited: add}, stop_at=end) as seen:
-        inputs.forward(lm) if isinstance(inputs, Replay) else lm.forward(inputs)
+        run(lm, inputs)
 
     def log_probs(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         logits = lm.head(states[rows.to(states.device), cols.to(states.device)])
@@ -295,7 +295,9 @@ def _optimize_all(
     losses = torch.full((len(facts), cfg.steps, len(LOSSES)), torch.nan, dtype=torch.float64)
     batches = by_length([rows.per_fact * length for length in rows.lengths], cfg.tokens_per_batch)
     start: dict[str, Tensor] = {}
-    if cfg.products != "model":  # z = h + delta is compared with states read exactly, so h has to be exact too
+    if (
+        cfg.products != "model"
+    ):  # z = h + delta is compared with states read exactly, so h has to be exact too
         bare = [(contexts.fill(fact.prompt)[0], fact.subject) for fact in facts]
         start["h"] = read_states(lm, bare, outputs=[edited], token=token).output[edited].T.to(lm.dtype)
     with frozen(lm.model), products(lm, cfg.products):

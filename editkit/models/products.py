@@ -30,7 +30,9 @@ def products(lm: LM, how: Products = "bfloat16") -> Iterator[None]:
     check_known([how], ("model", "bfloat16"), "kind of product")
     chosen: list[nn.Module] = []
     if how == "bfloat16":
-        chosen = [m for m in submodule(lm.model, lm.spec.blocks).modules() if isinstance(m, (nn.Linear, Conv1D))]
+        chosen = [
+            m for m in submodule(lm.model, lm.spec.blocks).modules() if isinstance(m, (nn.Linear, Conv1D))
+        ]
     chosen = [m for m in chosen if m.weight.dtype == torch.float32]
     former = [m.__dict__.get("forward") for m in chosen]
     try:
