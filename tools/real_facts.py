@@ -234,8 +234,9 @@ def clean(rows: Iterable[Row], left_out: Counter) -> list[Row]:
     found = defaultdict(set)
     source = {}
     for row in rows:
-        found[row.relation, row.subject].add(row.object)
-        source.setdefault((row.relation, row.subject), row.source)
+        key = row.relation, row.subject.strip()
+        found[key].add(row.object.strip())
+        source.setdefault(key, row.source)
     kept = []
     for (relation, subject), objects in found.items():
         [first, *more] = sorted(objects)
