@@ -34,7 +34,8 @@ from editkit.models.batching import Encoding
 from editkit.models.hooks import frozen, hidden, submodule
 from editkit.models.lm import LM
 from editkit.press.provenance import git_state, hardware, package_versions
-from editkit.studies import real_edits, testbed
+from editkit.studies import real_edits
+from editkit.studies.arms import options_of
 from editkit.studies.bench import open_bench
 
 
@@ -139,19 +140,16 @@ def load(args: argparse.Namespace) -> SimpleNamespace:
         found, layer, facts, token = bench.options, bench.layers[-1], bench.facts, bench.token
         return SimpleNamespace(lm=bench.lm, facts=facts, layer=layer, contexts=bench.contexts, token=token,
                                options=found, drawn=None)  # fmt: skip
-    lm = testbed.open_model(args.model)
-    found = testbed.preset(lm, "memit")
-    drawn = real_edits.draw(real_edits.known_facts(lm), args.facts, args.seed)
-    contexts = sample_contexts(lm, found.get("n_contexts", 5), found.get("context_length", 10), 0)
-    return SimpleNamespace(lm=lm, facts=drawn.facts, layer=found["layers"][-1], contexts=contexts,
-                           token=found.get("token", "subject_last"), options=found, drawn=drawn)  # fmt: skip
+    bed = real_edits.open_real(args.model, 100)
+    found = options_of(bed.lm, "memit")
+    drawn = real_edits.draw(bed.table, args.facts, args.seed)
+    contexts = sample_contexts(bed.lm, found.get("n_contexts", 5), found.get("context_length", 10), 0)
+    return SimpleNamespace(lm=bed.lm, facts=drawn.facts, layer=found["layers"][-1], contexts=contexts,
+                           token=found.get("token", "subject_last"), options=found, drawn=drawn, bed=bed)  # fmt: skip
 
 
-def written(case: SimpleNamespace, Z: Tensor) -> dict[str, float]:
-    """Shares of right answers after MEMIT has written the targets Z (m, n), and what has been asked."""
-    texts = {"n_prompts": 300, "n_english": 500}  # a small prior serves: the same one for all sets of targets
-    table = real_edits.known_facts(case.lm)
-    moments = real_edits.statistics(case.lm, table, case.options["layers"], **texts)
+def written(case: SimpleNamespace, Z: Tensor, moments) -> dict[str, float]:
+    """Shares of right answers after MEMIT has written the targets Z (m, n)."""
     editor = make_editor("memit", case.lm, statistics=moments, contexts=case.contexts, **case.options)
     editor.targets = lambda facts: Z
     try:
@@ -193,7 +191,10 @@ def run(args: argparse.Namespace) -> dict:
     order = [i for k in range(args.slices) for i in range(k, len(case.facts), args.slices)]
     back = torch.tensor(order).argsort()
     z = {name: torch.stack(parts)[back] for name, parts in found.items()}
-    scores = {} if case.drawn is None else {k: written(case, v.T) for k, v in z.items()}
+    scores = {}
+    if case.drawn is not None:
+        moments = case.bed.moments(case.options["layers"], max_texts=None)
+        scores = {k: written(case, v.T, moments) for k, v in z.items()}
 
     def against(name: str) -> dict:
         gap = (z[name] - z["one_by_one"]).norm(dim=1) / z["one_by_one"].norm(dim=1)

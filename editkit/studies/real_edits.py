@@ -1,29 +1,31 @@
-"""Edits of facts that a real model knows: draws, scores, and sweeps that optimise targets once for all priors."""
+"""Edits of facts that a real model knows: draws, questions, and what an arm makes of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
+from ..corpora import real
 from ..corpora.table import FactTable, Key
 from ..corpora.world.consequences import changes
 from ..corpora.world.records import edit_facts
-from ..locate.moments import second_moment
-from ..locate.targets import TargetConfig, optimize_targets
 from ..locate.tracing import CausalTrace
-from ..methods import make_editor
 from ..models.facts import Fact
 from ..models.lm import LM
 from ..models.products import Products, products
 from ..scoring.generation import generate
 from ..scoring.protocols import says
 from ..scoring.stats import bootstrap_mean
-from .real import moment_texts
+from .arms import make_arm
+from .real import known, moment_texts
+from .testbed import TableTestbed, open_model
 
 AXES = ("efficacy", "paraphrase", "others")
 
@@ -53,9 +55,8 @@ def draw(
 
     Raises RequestError if the table has not enough edits.
     """
-    facts = edit_facts(
-        known, n, seed, relations, n_neighbors=0, n_locality=0, n_same_subject=0, n_consequences=0
-    )
+    probes = {"n_neighbors": 0, "n_locality": 0, "n_same_subject": 0, "n_consequences": 0}
+    facts = edit_facts(known, n, seed, relations, n_paraphrases=3, **probes)
     touched = {c.key for f in facts for c in changes(known, f.relation, f.subject, f.target)}
     subjects = {f.subject for f in facts}
     used = sorted({f.relation for f in facts})
@@ -88,18 +89,35 @@ def profile(trace: CausalTrace) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["group", "layer", "effect", "lo", "hi", "n"])
 
 
-def statistics(
-    lm: LM,
-    table: FactTable,
-    layers: Iterable[int],
-    cache_dir: str | Path | None = None,
-    n_tokens: int = 80_000,
-):
-    """Second moments by layer, over prompts of the table and ordinary English, half and half.
+@dataclasses.dataclass(frozen=True)
+class RealTestbed(TableTestbed):
+    """A real model and the real facts that it says. Its text: prompts of the table and ordinary English, half and half.
 
-    The prompts matter: without text like what is edited, the same edits cost twice as many other facts.
+    The prompts matter: with second moments of English alone, the same edits cost twice as many other facts.
     """
-    return second_moment(lm, list(layers), moment_texts("both", n_tokens, lm, table), cache_dir=cache_dir)
+
+    n_tokens: int = 80_000
+
+    @property
+    def n_editable(self) -> int:
+        """Known facts of relations that are edited."""
+        return sum(len(self.table.subjects(r)) for r in self.table.editable)
+
+    def texts(self) -> list[str]:
+        return moment_texts("both", self.n_tokens, self.lm, real.load())
+
+
+def open_real(
+    model: str, n_asked: int = 0, *, seed: int = 0, cache_dir: str | Path | None = None
+) -> RealTestbed:
+    """A model with those of the real facts that it says, of at most n_asked asked per relation (0: all).
+
+    Raises DataError "not available here" for a model that has to be fetched first.
+    """
+    lm = open_model(model)
+    with products(lm):  # a fact is known or not; the edits themselves are scored as the model computes
+        table = known(lm, real.load(), n_asked, seed=seed, cache_dir=cache_dir)
+    return RealTestbed(lm, "real", "", table, real.english())
 
 
 def ask(lm: LM, drawn: Draw, how: Products = "model") -> pd.DataFrame:
@@ -116,37 +134,44 @@ def ask(lm: LM, drawn: Draw, how: Products = "model") -> pd.DataFrame:
     return rows
 
 
-def sweep(
+def attempt(
     lm: LM,
     drawn: Draw,
-    moments: Mapping,
-    targets: Mapping[str, Any],
-    contexts,
-    settings: Sequence[Mapping[str, Any]],
+    arm: str,
+    options: Mapping[str, Any] | None = None,
     *,
-    cache_dir: str | Path | None = None,
-    how: Products = "bfloat16",
-) -> pd.DataFrame:
-    """One row per setting: the draw written in one batch towards the same targets, and the share of right answers.
+    Z: Tensor | None = None,
+    alone: bool = False,
+    how: Products = "model",
+    **needs: Any,
+) -> dict[str, float]:
+    """Write a draw with an arm and ask: share of right answers by axis, and how many were asked ("n ...").
 
-    targets: options of `TargetConfig`.   settings: {"editor": name, "layers": ..., further options}; all end at one
-    layer, whose targets are optimised once.
+    options: over the model's own.   Z: (m, n) targets of the facts, instead of the editor's own.   alone: every fact
+    is edited by itself and taken back; it is asked about itself and about its share of the protected facts.
+    needs: statistics, contexts, background, networks, as in `make_arm`. The model is restored.
     """
-    last = {s["layers"][-1] for s in settings}
-    if len(last) != 1:
-        raise ValueError(f"settings of one sweep share their last layer, got {sorted(last)}")
-    Z = optimize_targets(
-        lm, drawn.facts, last.pop(), TargetConfig.make(targets), contexts=contexts, cache_dir=cache_dir
-    ).z
-    rows = []
-    for setting in settings:
-        own = {k: v for k, v in setting.items() if k != "editor"}
-        editor = make_editor(setting["editor"], lm, statistics=moments, contexts=contexts, **own)
-        editor.targets = lambda facts: Z  # replaces this one step of the pipeline, in this instance
+    parts = [drawn]
+    if alone:
+        n = len(drawn.facts)
+        parts = [Draw([fact], drawn.others[i::n]) for i, fact in enumerate(drawn.facts)]
+    said = []
+    for i, part in enumerate(parts):
+        editor = make_arm(lm, arm, given=options, **needs)
+        if Z is not None:
+            ready = Z[:, i : i + 1] if alone else Z
+            editor.targets = lambda facts, ready=ready: (
+                ready
+            )  # replaces this one step of the pipeline, in this instance
         try:
-            editor.edit(drawn.facts)
-            found = ask(lm, drawn, how).groupby("axis")["success"].mean()
+            editor.edit(part.facts)
+            said.append(ask(lm, part, how))
         finally:
             editor.restore()
-        rows.append({**setting, "layers": str(list(setting["layers"])), **{a: found[a] for a in AXES}})
-    return pd.DataFrame(rows)
+    found = pd.concat(said).groupby("axis")["success"]
+    return {**found.mean().to_dict(), **{f"n {axis}": int(n) for axis, n in found.size().items()}}
+
+
+def grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of the values of some options."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
