@@ -22,9 +22,8 @@ from ..models.lm import LM
 from ..models.products import Products, products
 from ..scoring.generation import generate
 from ..scoring.protocols import says
-from ..scoring.stats import bootstrap_mean
 from .arms import make_arm
-from .real import known, moment_texts
+from .real import known
 from .testbed import TableTestbed, open_model
 
 AXES = ("efficacy", "paraphrase", "others")
@@ -77,26 +76,38 @@ def true_facts(table: FactTable, keys: Iterable[Key]) -> list[Fact]:
     ]  # fmt: skip
 
 
-def profile(trace: CausalTrace) -> pd.DataFrame:
-    """Average indirect effect with 95 % bootstrap intervals over facts: columns group, layer, effect, lo, hi, n."""
-    rows = []
-    for g, group in enumerate(trace.groups):
-        for layer in range(trace.effect.shape[2]):
-            values = trace.effect[:, g, layer]
-            if not np.isnan(values).all():
-                found = bootstrap_mean(values, n_boot=500)
-                rows.append((group, layer, found.mean, found.lo, found.hi, found.n))
-    return pd.DataFrame(rows, columns=["group", "layer", "effect", "lo", "hi", "n"])
+def profile(trace: CausalTrace, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Average indirect effect with 95 % percentile bootstrap intervals over facts: columns group, layer, effect, lo,
+    hi, n (facts that have the group). All cells are resampled together.
+    """
+    n, groups, layers = trace.effect.shape
+    effect = trace.effect.reshape(n, -1)
+    present = ~np.isnan(effect)
+    times = np.random.default_rng(seed).multinomial(
+        n, np.full(n, 1 / n), size=n_boot
+    )  # of each fact in each resample
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = times @ np.where(present, effect, 0.0) / (times @ present)
+    lo, hi = (np.nanquantile(means[:, present.any(0)], q, axis=0) for q in (0.025, 0.975))
+    index = np.indices((groups, layers)).reshape(2, -1)[:, present.any(0)]
+    return pd.DataFrame(
+        {
+            "group": np.array(trace.groups)[index[0]],
+            "layer": index[1],
+            "effect": trace.average().reshape(-1)[present.any(0)],
+            "lo": lo,
+            "hi": hi,
+            "n": present.sum(0)[present.any(0)],
+        }
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class RealTestbed(TableTestbed):
-    """A real model and the real facts that it says. Its text: prompts of the table and ordinary English, half and half.
+    """A model and the real facts that it says. Its text: their statements, and as many texts of ordinary English.
 
-    The prompts matter: with second moments of English alone, the same edits cost twice as many other facts.
+    The statements matter: with second moments of English alone, the same edits cost twice as many other facts.
     """
-
-    n_tokens: int = 80_000
 
     @property
     def n_editable(self) -> int:
@@ -104,7 +115,8 @@ class RealTestbed(TableTestbed):
         return sum(len(self.table.subjects(r)) for r in self.table.editable)
 
     def texts(self) -> list[str]:
-        return moment_texts("both", self.n_tokens, self.lm, real.load())
+        statements = real.prompts(self.table)
+        return [*statements, *real.english()[: len(statements)]]
 
 
 def open_real(
