@@ -225,7 +225,8 @@ def test_the_script_leaves_out_what_has_no_one_answer():
     left_out = Counter()
     rows = [
         script.Row("landform", "Blue Lake", "lake", "wordnet"),
-        script.Row("country", "Springfield", "Here", "geonames"), script.Row("country", "Springfield", "There", "geonames"),
+        script.Row("country", "Springfield", "Here", "geonames"),
+        script.Row("country", "Springfield", "There", "geonames"),
         script.Row("symbol", "carbon", "C", "mendeleev"),
         script.Row("capital", " Oz ", "Emerald", "geonames"),
     ]  # fmt: skip
