@@ -53,7 +53,8 @@ def test_the_table_is_large_clean_and_small_on_disk(table):
         ("nationality", "Antoine Lavoisier", "French"), ("profession", "Antoine Lavoisier", "chemist"),
         ("symbol", "gold", "Au"), ("element_series", "neon", "noble gas"), ("landform", "Nile", "river"),
         ("mythology", "Zeus", "Greek"), ("city_capital", "Marseille", "Paris"),
-        ("city_continent", "Marseille", "Europe"), ("city_currency", "Osaka", "yen"), ("city_language", "Hamburg", "German"),
+        ("city_continent", "Marseille", "Europe"), ("city_currency", "Osaka", "yen"),
+        ("city_language", "Hamburg", "German"),
     ],
 )  # fmt: skip
 def test_facts_that_everybody_knows(table, relation, subject, value):
@@ -224,7 +225,9 @@ def test_the_script_leaves_out_what_has_no_one_answer():
     left_out = Counter()
     rows = [
         script.Row("landform", "Blue Lake", "lake", "wordnet"),
-        script.Row("country", "Springfield", "Here", "geonames"), script.Row("country", "Springfield", "There", "geonames"), script.Row("symbol", "carbon", "C", "mendeleev"),
+        script.Row("country", "Springfield", "Here", "geonames"),
+        script.Row("country", "Springfield", "There", "geonames"),
+        script.Row("symbol", "carbon", "C", "mendeleev"),
         script.Row("capital", " Oz ", "Emerald", "geonames"),
     ]  # fmt: skip
     kept = script.clean(rows, left_out)
