@@ -25,7 +25,7 @@ import torch
 from editkit.entanglement.graph import ROWS, EntanglementGraph, build_graph
 from editkit.entanglement.graph_statistics import threshold_for
 from editkit.entanglement.similarity import cosine
-from editkit.runs.provenance import git_state, hardware, package_versions
+from editkit.press.provenance import git_state, hardware, package_versions
 
 
 class Clock:

@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from editkit.hooks import frozen, submodule
-from editkit.labyrinth.bench import open_bench
+from editkit.corpora.world import load_world
 from editkit.locate.contexts import ContextTemplates
 from editkit.locate.keys import compute_keys
-from editkit.lookup import find_positions
-from editkit.models import LM
-from editkit.runs.provenance import git_state, hardware, package_versions
+from editkit.locate.moments import second_moment
+from editkit.models.hooks import frozen, submodule
+from editkit.models.lm import LM
+from editkit.models.lookup import find_positions
+from editkit.press.provenance import git_state, hardware, package_versions
 from editkit.scoring import score_targets
 from editkit.scoring.engine import split_tokens
-from editkit.statistics import second_moment
-from editkit.world import load_world
+from editkit.studies.labyrinth.bench import open_bench
 
 
 def input_of(lm: LM, encoding, layer: int) -> Tensor:

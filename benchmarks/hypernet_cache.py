@@ -3,7 +3,7 @@
     python benchmarks/hypernet_cache.py                     # companion model, 32 and 128 facts a step
     python benchmarks/hypernet_cache.py --edits 8 --rounds 1
 
-Kinds of cache: see `editkit.hypernet.costs.KINDS`. They run in turn on the same facts, so whatever else the
+Kinds of cache: see `editkit.studies.horse.costs.KINDS`. They run in turn on the same facts, so whatever else the
 machine does hits each of them; compare processor times on a busy machine. Prints JSON.
 """
 
@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from editkit.hypernet import bench, costs, records_of
-from editkit.runs.provenance import git_state, hardware, package_versions
-from editkit.world import load_world, testbed
+from editkit.corpora.world import load_world
+from editkit.methods.hypernet import records_of
+from editkit.press.provenance import git_state, hardware, package_versions
+from editkit.studies import testbed
+from editkit.studies.horse import bench, costs
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from editkit.editors import make_editor
-from editkit.memory.masks import MaskStore, pack
-from editkit.memory.tophash import TopHash, draw_permutation, random_masks
-from editkit.runs.provenance import git_state, hardware, package_versions
-from editkit.world.testbed import open_model
+from editkit.methods import make_editor
+from editkit.methods.memory.masks import MaskStore, pack
+from editkit.methods.memory.tophash import TopHash, draw_permutation, random_masks
+from editkit.press.provenance import git_state, hardware, package_versions
+from editkit.studies.testbed import open_model
 
 PROMPT = "The mother tongue of Ana Silva, who was born in the city of Prague and plays the piano, is"
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from editkit.hooks import trace
-from editkit.runs.provenance import git_state, hardware, package_versions
+from editkit.corpora.world import load_companion, load_world, records
+from editkit.locate.moments import second_moment
+from editkit.models.hooks import trace
+from editkit.press.provenance import git_state, hardware, package_versions
 from editkit.scoring import Baseline, generate, score_text
 from editkit.scoring.engine import prompt_tokens
-from editkit.statistics import second_moment
-from editkit.world import load_companion, load_world, records, testbed
+from editkit.studies import testbed
 
 
 @torch.no_grad()

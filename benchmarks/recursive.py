@@ -29,7 +29,7 @@ from torch import Tensor
 
 from editkit.linear.engines import ENGINES, make_engine
 from editkit.linear.normal import one_time_solution
-from editkit.runs.provenance import git_state, hardware, package_versions
+from editkit.press.provenance import git_state, hardware, package_versions
 
 BASELINES = ("released_memit_seq", "released_alphaedit", "one_time", "lean_cholesky")
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from editkit.batching import Encoding
-from editkit.hooks import frozen, hidden, submodule
-from editkit.labyrinth.bench import open_bench
 from editkit.locate.contexts import ContextTemplates
 from editkit.locate.targets import TargetConfig, encode_targets, optimize_targets
-from editkit.models import LM
-from editkit.runs.provenance import git_state, hardware, package_versions
+from editkit.models.batching import Encoding
+from editkit.models.hooks import frozen, hidden, submodule
+from editkit.models.lm import LM
+from editkit.press.provenance import git_state, hardware, package_versions
+from editkit.studies.labyrinth.bench import open_bench
 
 
 def one_fact(lm: LM, fact, layer: int, cfg: TargetConfig, contexts: ContextTemplates, token: str) -> Tensor:

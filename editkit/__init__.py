@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .facts import Fact, Probe
+from . import moved
+from .models.facts import Fact, Probe
 
 if TYPE_CHECKING:
-    from .editors import make_editor
-    from .models import load_lm
+    from .methods import make_editor
+    from .models.lm import load_lm
+
+moved.install()
 
 __version__ = "0.1.0"
 __all__ = ["Fact", "Probe", "load_lm", "make_editor"]
 
 # Loaded on first use: importing editkit for its command line or its mathematics stays light.
-_LAZY = {"load_lm": ".models", "make_editor": ".editors"}
+_LAZY = {"load_lm": ".models", "make_editor": ".methods"}
 
 
 def __getattr__(name: str):

@@ -10,16 +10,16 @@ import argparse
 import importlib
 import sys
 
-from .errors import EditkitError
+from .base.errors import EditkitError
 
 COMMANDS = {
-    "run": "editkit.runs.command",
-    "collect": "editkit.runs.command",
-    "book": "editkit.runs.command",
-    "train": "editkit.world.command",
+    "run": "editkit.press.command",
+    "collect": "editkit.press.command",
+    "book": "editkit.press.command",
+    "train": "editkit.corpora.world.command",
     "fetch": "editkit.corpora.command",
-    "conformance": "editkit.conformance.command",
-    "doctor": "editkit.doctor",
+    "conformance": "editkit.press.conformance.command",
+    "doctor": "editkit.methods.doctor",
 }
 
 

@@ -13,8 +13,8 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as tok_models
 
-from editkit.facts import Fact
-from editkit.models import LM, load_lm
+from editkit.models.facts import Fact
+from editkit.models.lm import LM, load_lm
 
 # The same examples in every run, so that a red test says something about the change;
 # HYPOTHESIS_PROFILE=search draws new ones.

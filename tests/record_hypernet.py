@@ -1,7 +1,8 @@
 """Record two training steps of MEND, MALMEN or HORSE in the format of the golden recordings, with plain torch.
 
-A second implementation, float32, that shares nothing with `editkit.hypernet`: one autograd graph from the networks
-through `torch.linalg.solve` to <shift, weight gradient>. Test material for the adapter in `editkit.conformance`.
+A second implementation, float32, that shares nothing with `editkit.methods.hypernet`: one autograd graph from the
+networks through `torch.linalg.solve` to <shift, weight gradient>. Test material for the adapter in
+`editkit.press.conformance`.
 """
 
 from __future__ import annotations

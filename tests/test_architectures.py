@@ -9,18 +9,18 @@ from test_grace import OPTIONS as GRACE
 from test_loka import OPTIONS as LOKA
 from test_wise import OPTIONS as WISE
 
-from editkit.architectures import ARCHITECTURES, UNSUPPORTED
-from editkit.editors import EDITORS, make_editor
+from editkit.base.errors import ModelError
 from editkit.entanglement.gradsim import gradsim
 from editkit.entanglement.representations import represent
-from editkit.errors import ModelError
-from editkit.facts import Probe
-from editkit.hooks import submodule, trace
-from editkit.hypernet import Trainer, make_hypernetwork, records_of
+from editkit.locate.moments import second_moment
 from editkit.locate.targets import TargetConfig, optimize_targets
-from editkit.models import load_lm
+from editkit.methods import EDITORS, make_editor
+from editkit.methods.hypernet import Trainer, make_hypernetwork, records_of
+from editkit.models.architectures import ARCHITECTURES, UNSUPPORTED
+from editkit.models.facts import Probe
+from editkit.models.hooks import submodule, trace
+from editkit.models.lm import load_lm
 from editkit.scoring import generate, score_targets
-from editkit.statistics import second_moment
 
 NEW = [name for name in ARCHITECTURES if name not in MODEL_TYPES]
 TEXTS = ["Ana Silva is", "The mother tongue of Karin Ann Fischer is the old language", "Li"]
@@ -81,7 +81,7 @@ def test_every_method_runs(model_type, facts):
             options["modules"] = ["qkv_proj"]
         if not editor.__module__.startswith("editkit."):
             continue  # registered by another test
-        if editor.__module__.startswith("editkit.memory"):
+        if editor.__module__.startswith("editkit.methods.memory"):
             options["background"] = list(SENTENCES)
         elif name in ("horse", "malmen", "mend", "rledit"):
             options["hypernetwork"] = trained(name, lm, facts)
@@ -92,7 +92,7 @@ def test_every_method_runs(model_type, facts):
         else:
             made = make_editor(name, lm, **options)
         made.edit(facts[:2])
-        if editor.__module__.startswith("editkit.memory"):
+        if editor.__module__.startswith("editkit.methods.memory"):
             # LOKA's router may send every prompt of a random model past the memory.
             assert name == "loka" or [s.nll for s in score_targets(lm, pairs)] != unedited, name
         else:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editkit.batching import by_length
-from editkit.errors import ConfigError
+from editkit.base.errors import ConfigError
+from editkit.models.batching import by_length
 
 
 @settings(max_examples=50, deadline=None)

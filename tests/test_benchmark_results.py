@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from editkit.runs import benchmarks
-from editkit.runs.quote import Lookup
+from editkit.press import benchmarks
+from editkit.press.quote import Lookup
 
 ROOT = Path(__file__).parents[1]
 REPORTS = benchmarks.load(ROOT / benchmarks.FOLDER)

@@ -16,15 +16,15 @@ from browser import CONTRAST, Browser
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from editkit.errors import ConfigError, DataError
-from editkit.runs import book
-from editkit.runs import notebook as nb
-from editkit.runs.format import format_value
-from editkit.runs.inputs import input_record, prepare
-from editkit.runs.layout import Layout
-from editkit.runs.quote import Lookup, Runs, agreement, other_execution
-from editkit.runs.reference import references
-from editkit.runs.study import load_study
+from editkit.base.errors import ConfigError, DataError
+from editkit.press import book
+from editkit.press import notebook as nb
+from editkit.press.format import format_value
+from editkit.press.inputs import input_record, prepare
+from editkit.press.layout import Layout
+from editkit.press.quote import Lookup, Runs, agreement, other_execution
+from editkit.press.reference import references
+from editkit.press.study import load_study
 
 pytestmark = pytest.mark.xdist_group("book")
 
@@ -136,7 +136,7 @@ def make_project(root):
     (root / "book" / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "intro"}))
     cells = [new_markdown_cell("# Any title\n\nOwn number: {val}`:score bare`."),
              new_code_cell("n: int = 3  # how many", metadata={"tags": ["parameters"]}),
-             new_code_cell("from editkit.runs import start\nrun = start(globals())"),
+             new_code_cell("from editkit.press import start\nrun = start(globals())"),
              new_code_cell("run.finish()")]  # fmt: skip
     nbformat.write(new_notebook(cells=cells), root / "notebooks" / "demo.ipynb")
     (root / "studies" / "default.yaml").write_text(
@@ -400,7 +400,7 @@ def test_changed_inputs_are_said_on_the_page(tmp_path):
     content = json.loads(path.read_text())
     content["inputs"]["modules"] = {"facts.py": "old"}
     path.write_text(json.dumps(content))
-    assert book.gather(study, layout)["demo"]["run"]["stale"] == ["editkit/facts.py changed"]
+    assert book.gather(study, layout)["demo"]["run"]["stale"] == ["editkit/models/facts.py changed"]
 
 
 def test_pages_that_are_not_there_are_named(tmp_path):

@@ -16,7 +16,7 @@ from whole_book import whole_book
 pytestmark = pytest.mark.xdist_group("book")
 
 PAGES = ("intro", "ledger", "howto_read", "glossary", "labyrinth/derivation", "foundations/world",
-         "foundations/metrics", "contributing/method", "api/editors", "runs/index", "horse/main",
+         "foundations/metrics", "contributing/method", "api/methods", "runs/index", "horse/main",
          "troubleshooting/errors", "runs/clare-prediction")  # fmt: skip
 FORMULAS = "[...document.querySelectorAll('main .math')]"
 FIGURES = "[...document.querySelectorAll('main figure svg, main figure img')]"

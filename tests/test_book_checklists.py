@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import make_lm
 
-from editkit.editors import EDITORS
+from editkit.methods import EDITORS
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 

@@ -13,7 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 from whole_book import ROOT, pages, whole_book
 
-from editkit.runs.format import format_value
+from editkit.press.format import format_value
 
 pytestmark = pytest.mark.xdist_group("book")
 

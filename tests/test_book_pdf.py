@@ -8,9 +8,9 @@ import shutil
 import pytest
 from whole_book import whole_book
 
-from editkit.errors import EditkitError
-from editkit.runs import pdf
-from editkit.runs.study import Study
+from editkit.base.errors import EditkitError
+from editkit.press import pdf
+from editkit.press.study import Study
 
 pytestmark = pytest.mark.xdist_group("book")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import editkit.errors
+import editkit.base.errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "book" / "troubleshooting"
@@ -29,9 +29,9 @@ def test_the_examples_give_what_the_page_says(page, monkeypatch):
 
 def test_every_class_of_error_has_its_section_and_an_example():
     text = (PAGES / "errors.md").read_text(encoding="utf-8")
-    names = [n for n, c in vars(editkit.errors).items() if isinstance(c, type) and n != "EditkitError"]
+    names = [n for n, c in vars(editkit.base.errors).items() if isinstance(c, type) and n != "EditkitError"]
     for name in names:
-        assert f"\n## {name}:" in text and f"\neditkit.errors.{name}: " in text, (
+        assert f"\n## {name}:" in text and f"\neditkit.base.errors.{name}: " in text, (
             f"errors.md says nothing of {name}"
         )
     for part in re.split(r"^#{2,3} ", text.split("(sec-error-request)=")[1], flags=re.M)[1:]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editkit.errors import ConfigError, DataError
-from editkit.world import load_companion, load_world, testbed
-from editkit.world.companion import (
+from editkit.base.errors import ConfigError, DataError
+from editkit.corpora.world import load_companion, load_world
+from editkit.corpora.world.companion import (
     SHIPPED,
     CompanionConfig,
     as_llama,
@@ -21,8 +21,9 @@ from editkit.world.companion import (
     make_world,
     training_examples,
 )
-from editkit.world.corpus import Sampler, encode_examples, statement_example, train_tokenizer
-from editkit.world.train import Muon, TrainConfig, build_model, greedy_recall, train
+from editkit.corpora.world.corpus import Sampler, encode_examples, statement_example, train_tokenizer
+from editkit.corpora.world.train import Muon, TrainConfig, build_model, greedy_recall, train
+from editkit.studies import testbed
 
 TINY = TrainConfig(
     layers=2,
@@ -93,8 +94,8 @@ def test_hashes_and_preset(shipped):
 def test_one_edit_on_the_shipped_model(shipped):
     """The README's example: the fact changes, and the model comes back bit for bit."""
     from editkit import make_editor
+    from editkit.corpora.world import records
     from editkit.scoring import generate
-    from editkit.world import records
 
     lm, world = shipped
     fact = records.edit_facts(world, 1, seed=7)[0]

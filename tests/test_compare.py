@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 import torch
 
-from editkit.compare import analysis, lineage, measure
-from editkit.compare.methods import METHODS, check_methods, hypernetworks, make_method
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, DataError
-from editkit.facts import Probe
-from editkit.labyrinth.bench import ARMS, Bench
-from editkit.lifelong import arms
+from editkit.base.errors import ConfigError, DataError
+from editkit.corpora.world.world import World
 from editkit.locate.contexts import ContextTemplates
-from editkit.plotting import NEUTRAL
+from editkit.locate.moments import Covariance
+from editkit.methods import make_editor
+from editkit.models.facts import Probe
+from editkit.press.plotting import NEUTRAL
 from editkit.scoring import Baseline
-from editkit.statistics import Covariance
-from editkit.world.world import World
+from editkit.studies.compare import analysis, lineage, measure
+from editkit.studies.compare.methods import METHODS, check_methods, hypernetworks, make_method
+from editkit.studies.labyrinth.bench import ARMS, Bench
+from editkit.studies.memoir import arms
 
 OPTIONS = {"layers": (0, 1), "token": "last", "lam": 5.0, "z_steps": 3, "z_lr": 0.5, "z_clamp_factor": 4.0}
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]

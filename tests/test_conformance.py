@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from editkit import conformance
-from editkit.conformance import CannotHandle, Case, Comparison, command, compare, compare_equal
+from editkit.press import conformance
+from editkit.press.conformance import CannotHandle, Case, Comparison, command, compare, compare_equal
 
 SUBSET = Path(__file__).parent / "data" / "golden_subset"
 

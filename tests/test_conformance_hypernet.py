@@ -7,8 +7,8 @@ import pytest
 from conftest import make_lm
 from record_hypernet import record
 
-from editkit import conformance
-from editkit.conformance import Case, hypernet
+from editkit.press import conformance
+from editkit.press.conformance import Case, hypernet
 
 STEPS = [
     {

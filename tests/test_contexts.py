@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_lm
 
-from editkit.errors import ConfigError
+from editkit.base.errors import ConfigError
 from editkit.locate.contexts import STARTS, ContextTemplates, generate, sample_contexts
 
 MEMIT = [["{}"], ["The cat. {}", "I see. {}", "You. {}", "Because. {}", "So. {}"]]

@@ -9,9 +9,9 @@ import logging
 import pytest
 from record_files import RECORDS, change, rows, write
 
+from editkit.base.errors import DataError
 from editkit.corpora import base, counterfact, mquake, ripple, selfcheck, temporal, zsre
-from editkit.errors import DataError
-from editkit.facts import Fact, validate_facts
+from editkit.models.facts import Fact, validate_facts
 
 FACT_LOADERS = {
     "counterfact": (counterfact.load, "counterfact.json"),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from editkit.base.errors import DataError
 from editkit.corpora import analysis, clare, fetch
-from editkit.errors import DataError
-from editkit.facts import Fact, validate_facts
+from editkit.models.facts import Fact, validate_facts
 
 RECORDS = Path(__file__).parent / "data" / "records" / "clare.json"
 

@@ -5,8 +5,8 @@ import hashlib
 
 import pytest
 
+from editkit.base.errors import DataError
 from editkit.corpora import command, fetch
-from editkit.errors import DataError
 
 CONTENT = b'[{"prompt": "{} plays the", "subject": "Bram Holt", "target": "cello"}]'
 SHA = hashlib.sha256(CONTENT).hexdigest()

@@ -3,9 +3,9 @@
 import pytest
 from record_files import RECORDS, change, rows, write
 
+from editkit.base.errors import DataError
 from editkit.corpora import cards, mquake, ripple
-from editkit.errors import DataError
-from editkit.facts import validate_facts
+from editkit.models.facts import validate_facts
 
 # ------------------------------------------------------------------ MQuAKE
 

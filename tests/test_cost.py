@@ -8,18 +8,18 @@ import pandas as pd
 import pytest
 import torch
 
-from editkit.capacity import memory_plan
-from editkit.cost import METHODS, SHAPES, Bench, Cost, Phases, Rates, Work, floors, shape_named
-from editkit.cost import bench as bench_module
-from editkit.cost.bench import DTYPES
-from editkit.cost.engines import engine_rows
-from editkit.cost.floors import block_parameters, solve
-from editkit.cost.tables import exponent, growth, per_thousand, phase_rows, summary
-from editkit.device import auto, is_out_of_memory, with_room
-from editkit.errors import ConfigError
-from editkit.preflight import empty_model
-from editkit.presets import find_for, presets
-from editkit.runs.study import load_study
+from editkit.base.device import auto, is_out_of_memory, with_room
+from editkit.base.errors import ConfigError
+from editkit.methods.presets import find_for, presets
+from editkit.models.capacity import memory_plan
+from editkit.models.preflight import empty_model
+from editkit.press.study import load_study
+from editkit.studies.cost import METHODS, SHAPES, Bench, Cost, Phases, Rates, Work, floors, shape_named
+from editkit.studies.cost import bench as bench_module
+from editkit.studies.cost.bench import DTYPES
+from editkit.studies.cost.engines import engine_rows
+from editkit.studies.cost.floors import block_parameters, solve
+from editkit.studies.cost.tables import exponent, growth, per_thousand, phase_rows, summary
 
 ROOT = Path(__file__).parents[1]
 TINY = {"hidden": 64, "layers": 4}

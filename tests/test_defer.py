@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.editors import make_editor
-from editkit.memory.defer import gate
+from editkit.methods import make_editor
+from editkit.methods.memory.defer import gate
 
 OPTIONS = {"layer": 0, "steps": 15, "lr": 0.05, "loss_threshold": 0.02}
 

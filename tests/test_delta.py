@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editkit.config import Config, option
-from editkit.editors.delta import Delta, cast_loss, describe_facts
-from editkit.errors import ConfigError, DataError, ModelError
+from editkit.base.config import Config, option
+from editkit.base.errors import ConfigError, DataError, ModelError
+from editkit.methods.delta import Delta, cast_loss, describe_facts
 
 
 def make_delta(lm, layers=(0, 1), seed=0, facts=()):

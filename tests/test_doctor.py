@@ -7,12 +7,12 @@ import torch
 import transformers as hf
 from conftest import MODEL_TYPES, make_config, make_lm, make_tokenizer
 
-from editkit.capacity import memory_plan
+from editkit.base.errors import ConfigError, ModelError
 from editkit.cli import main
-from editkit.doctor import examine
-from editkit.errors import ConfigError, ModelError
-from editkit.models import load_lm
-from editkit.preflight import (
+from editkit.methods.doctor import examine
+from editkit.models.capacity import memory_plan
+from editkit.models.lm import load_lm
+from editkit.models.preflight import (
     GIB,
     check_fits,
     empty_model,

@@ -6,14 +6,14 @@ import pytest
 import torch
 from conftest import MODEL_TYPES, SENTENCES, make_lm
 
-from editkit.editors import EDITORS, make_editor
-from editkit.editors.accumulate import fact_id
-from editkit.errors import ConfigError, ModelError, NumericsError, RequestError
-from editkit.facts import Fact
+from editkit.base.errors import ConfigError, ModelError, NumericsError, RequestError
 from editkit.linear.normal import alphaedit_update, memit_update, null_projector, one_time_solution
 from editkit.locate.keys import compute_keys, read_states
-from editkit.statistics import second_moment
-from editkit.testing import check_editor
+from editkit.locate.moments import second_moment
+from editkit.methods import EDITORS, make_editor
+from editkit.methods.contract import check_editor
+from editkit.methods.weights.accumulate import fact_id
+from editkit.models.facts import Fact
 
 CONTEXTS = [["{}"], ["The weather was fine today. {}"]]
 Z = {"z_lr": 0.3, "z_steps": 3, "z_clamp_factor": 2.0}
@@ -48,7 +48,7 @@ def make(name, lm, **changes):
 
 
 # Memories, LoRA and hypernetworks need other options; their own tests run the same contract.
-ELSEWHERE = ("editkit.memory", "editkit.editors.lora", "editkit.editors.hypernet")
+ELSEWHERE = ("editkit.methods.memory", "editkit.methods.weights.lora", "editkit.methods.hypernet.editor")
 HERE = sorted(n for n, e in EDITORS.items() if not e.__module__.startswith(ELSEWHERE))
 
 

@@ -8,21 +8,16 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from editkit.editors import EDITORS, make_editor
-from editkit.entanglement.audit import START, AuditLog, delta_hash, entry_hash, explain
-from editkit.entanglement.preservation import (
-    may_be_kept,
-    preservation_set,
-    preserving,
-    preserving_editor,
-)
-from editkit.entanglement.redteam import changed_facts, recall_at, recall_curves, recheck_order
-from editkit.errors import ConfigError, DataError, RequestError
-from editkit.facts import Fact, Probe
+from editkit.base.errors import ConfigError, DataError, RequestError
 from editkit.linear.normal import alphaedit_update, memit_update, null_projector
 from editkit.locate.keys import compute_keys
-from editkit.statistics import second_moment
-from editkit.testing import check_editor
+from editkit.locate.moments import second_moment
+from editkit.methods import EDITORS, make_editor
+from editkit.methods.contract import check_editor
+from editkit.models.facts import Fact, Probe
+from editkit.studies.clare.audit import START, AuditLog, delta_hash, entry_hash, explain
+from editkit.studies.clare.preservation import may_be_kept, preservation_set, preserving, preserving_editor
+from editkit.studies.clare.redteam import changed_facts, recall_at, recall_curves, recheck_order
 
 CONTEXTS = [["{}"], ["The weather was fine today. {}"]]
 Z = {"z_lr": 0.3, "z_steps": 3, "z_clamp_factor": 2.0, "contexts": CONTEXTS}

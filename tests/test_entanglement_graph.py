@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from editkit.base.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
 from editkit.entanglement import graph_io
 from editkit.entanglement.authors_schema import all_pairs, import_json, read_json, triplet, write_json
 from editkit.entanglement.graph import EntanglementGraph, build_graph, excluded_pairs, prompt_groups
@@ -30,8 +31,7 @@ from editkit.entanglement.graph_statistics import (
     undirected,
 )
 from editkit.entanglement.similarity import cosine, whitened
-from editkit.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
-from editkit.facts import Fact
+from editkit.models.facts import Fact
 
 N = 40
 

@@ -10,10 +10,9 @@ from conftest import MODEL_TYPES, make_lm
 from hypothesis import given, settings
 from scipy import stats
 
-from editkit.editors import make_editor
+from editkit.base.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
 from editkit.entanglement import whitened
 from editkit.entanglement.correlation import agreement, agreement_table, gain, row_spearman, weighted_spearman
-from editkit.entanglement.critical_layer import PRESETS, critical_layer, from_site
 from editkit.entanglement.gradsim import Sketch, gradients, gradsim, parameter_names, sketched_gradsim
 from editkit.entanglement.plans import (
     DIRECTIONS,
@@ -25,11 +24,12 @@ from editkit.entanglement.plans import (
     probe_representations,
 )
 from editkit.entanglement.ripple import MEASURES, SharedTargets, Watch, check_pairs, choose, measure, overview
-from editkit.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
-from editkit.facts import Fact
 from editkit.linear.normal import alphaedit_update, memit_update, null_projector, rome_direction, rome_update
 from editkit.locate.keys import compute_keys, read_states
 from editkit.locate.sites import Site
+from editkit.methods import make_editor
+from editkit.models.facts import Fact
+from editkit.studies.clare.critical_layer import PRESETS, critical_layer, from_site
 
 EDITS = [
     Fact("The mother tongue of {} is", "Ana Silva", "German", target_true="French"),
@@ -189,8 +189,8 @@ def test_gradient_points_where_the_probability_rises():
     tokens = first_tokens(lm, [f.target for f in EDITS])
 
     def said(step):
-        from editkit.hooks import pick, trace
-        from editkit.lookup import find_positions
+        from editkit.models.hooks import pick, trace
+        from editkit.models.lookup import find_positions
 
         encoding, where = find_positions(lm, rows, "last")
         index = torch.arange(2)
@@ -481,9 +481,10 @@ def test_rules_are_recorded():
 
 @pytest.fixture(scope="module")
 def setting():
-    from editkit.entanglement.trial import Setting
+    from editkit.corpora.world import load_companion, load_world
     from editkit.locate.contexts import ContextTemplates
-    from editkit.world import load_companion, load_world, testbed
+    from editkit.studies import testbed
+    from editkit.studies.clare.trial import Setting
 
     lm = load_companion()
     layers = testbed.preset(lm)["layers"]
@@ -494,9 +495,9 @@ def setting():
 
 
 def test_a_trial_predicts_and_measures(setting):
-    from editkit.entanglement.ablation import ablate
     from editkit.entanglement.predictors import PREDICTORS
-    from editkit.entanglement.trial import ARMS, pair_kinds, separation, wanted, world_trial
+    from editkit.studies.clare.ablation import ablate
+    from editkit.studies.clare.trial import ARMS, pair_kinds, separation, wanted, world_trial
 
     before = setting.lm.fingerprint()
     trial = world_trial(setting, 2, 12, seed=5)
@@ -537,13 +538,13 @@ def test_a_trial_predicts_and_measures(setting):
 
 
 def test_trials_leave_out_the_design_facts(setting, monkeypatch):
-    from editkit.entanglement.trial import corpus_trial, design_facts
+    from editkit.studies.clare.trial import corpus_trial, design_facts
 
     names = [f"name {i}" for i in range(700)]
     corpus = [Fact("{} lives in", name, ("Paris", "Rome", "Vienna")[i % 3]) for i, name in enumerate(names)]
     used = {f.key for f in design_facts(corpus)}
     assert len(used) == 244
-    monkeypatch.setattr("editkit.entanglement.trial.known_facts", lambda lm, facts, n: list(facts)[:n])
+    monkeypatch.setattr("editkit.studies.clare.trial.known_facts", lambda lm, facts, n: list(facts)[:n])
     trial = corpus_trial(setting, 50, 100, seed=0, corpus=corpus)
     assert len(trial.edits) == 50
     assert len(trial.probes) == 100
@@ -553,7 +554,7 @@ def test_trials_leave_out_the_design_facts(setting, monkeypatch):
 
 
 def test_costs_of_every_task():
-    from editkit.entanglement.cost import TASKS, bytes_per_fact, measure_task, run_task
+    from editkit.studies.clare.cost import TASKS, bytes_per_fact, measure_task, run_task
 
     lm = make_lm("llama")
     size = sum(p.numel() for p in lm.model.parameters())
@@ -571,10 +572,10 @@ def test_costs_of_every_task():
 
 
 def test_published_figures_have_a_source():
-    from editkit.entanglement import published
+    from editkit.studies import published
 
-    gains = published.table("gain").set_index("model").gain_over_gradsim
+    gains = published.table("clare", "gain").set_index("model").gain_over_gradsim
     assert np.isclose(gains["mean"], gains.drop("mean").mean(), atol=2e-3)
-    assert "2603.19297" in published.source("gain")
+    assert "2603.19297" in published.source("clare", "gain")
     with pytest.raises(ConfigError, match="published"):
-        published.table("nothing")
+        published.table("clare", "nothing")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import MODEL_TYPES, make_lm
 
+from editkit.base.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
 from editkit.entanglement import (
     MODULES,
     blocks,
@@ -17,9 +18,8 @@ from editkit.entanglement import (
     whitened,
     whitened_cosine,
 )
-from editkit.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
-from editkit.facts import Fact
 from editkit.locate.keys import compute_keys, read_states
+from editkit.models.facts import Fact
 
 FACTS = [
     Fact("The mother tongue of {} is", "Ana Silva", "French"),

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, ModelError, NumericsError
-from editkit.memory import open_memory
-from editkit.memory.codebook import Codebook, Label
-from editkit.prompts import prompts
+from editkit.base.errors import ConfigError, ModelError, NumericsError
+from editkit.methods import make_editor
+from editkit.methods.memory import open_memory
+from editkit.methods.memory.codebook import Codebook, Label
+from editkit.models.prompts import prompts
 from editkit.scoring import generate, score_targets
 
 OPTIONS = {"layer": 0, "steps": 25, "lr": 0.5, "loss_threshold": 0.01, "value_init": "warm"}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from editkit.errors import ModelError
-from editkit.hooks import frozen, hidden, pick, trace, with_hidden
+from editkit.base.errors import ModelError
+from editkit.models.hooks import frozen, hidden, pick, trace, with_hidden
 
 TEXTS = ["Ana Silva is", "The mother tongue of Li is"]
 

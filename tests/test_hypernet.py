@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 from torch.nn.functional import log_softmax
 
-from editkit.errors import ConfigError, ModelError, NumericsError
-from editkit.hypernet import RidgeSystem, RowMemory, Trainer, encode_pairs, make_hypernetwork
-from editkit.hypernet.data import Draw, answer_logits
-from editkit.hypernet.normalizer import RunningMoments
-from editkit.hypernet.sites import edited, find_sites, oriented
+from editkit.base.errors import ConfigError, ModelError, NumericsError
 from editkit.linear.spread import spread
+from editkit.methods.hypernet import RidgeSystem, RowMemory, Trainer, encode_pairs, make_hypernetwork
+from editkit.methods.hypernet.data import Draw, answer_logits
+from editkit.methods.hypernet.normalizer import RunningMoments
+from editkit.methods.hypernet.sites import edited, find_sites, oriented
 
 EDITS = [
     ("The mother tongue of Ana Silva is", "French German"),

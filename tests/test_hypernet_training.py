@@ -13,12 +13,10 @@ import pytest
 import torch
 from conftest import MODEL_TYPES, make_lm
 
-from editkit.editors import make_editor
-from editkit.editors.hypernet import HORSE
-from editkit.errors import ConfigError, DataError, ModelError, RequestError
-from editkit.facts import Probe
-from editkit.hooks import submodule
-from editkit.hypernet import (
+from editkit.base.errors import ConfigError, DataError, ModelError, RequestError
+from editkit.methods import make_editor
+from editkit.methods.contract import check_editor
+from editkit.methods.hypernet import (
     RowFiles,
     RowMemory,
     Trainer,
@@ -27,15 +25,17 @@ from editkit.hypernet import (
     make_hypernetwork,
     records_of,
 )
-from editkit.hypernet.cache import bytes_needed, check_memory
-from editkit.hypernet.costs import KINDS, PublishedHORSE, peak_memory, speed_up, step_times
-from editkit.hypernet.data import answer_logits, draw
-from editkit.hypernet.horse import HORSE as HorseNet
-from editkit.hypernet.horse import RELEASED
-from editkit.hypernet.network import load_hypernetwork
-from editkit.hypernet.prefix import StateMemory, entering
-from editkit.hypernet.sites import edited, find_sites
-from editkit.testing import check_editor
+from editkit.methods.hypernet.cache import bytes_needed, check_memory
+from editkit.methods.hypernet.data import answer_logits, draw
+from editkit.methods.hypernet.editor import HORSE
+from editkit.methods.hypernet.horse import HORSE as HorseNet
+from editkit.methods.hypernet.horse import RELEASED
+from editkit.methods.hypernet.network import load_hypernetwork
+from editkit.methods.hypernet.prefix import StateMemory, entering
+from editkit.methods.hypernet.sites import edited, find_sites
+from editkit.models.facts import Probe
+from editkit.models.hooks import submodule
+from editkit.studies.horse.costs import KINDS, PublishedHORSE, peak_memory, speed_up, step_times
 
 NAMES = ["mend", "malmen", "rledit", "horse"]
 SMALL = {"rank": 3, "n_blocks": 1, "lr": 0.05}
@@ -317,7 +317,7 @@ def test_models_below_float32_keep_masters(records, facts):
 
 
 def make_editor_of(trainer):
-    from editkit.editors.hypernet import MALMEN
+    from editkit.methods.hypernet.editor import MALMEN
 
     return MALMEN(trainer.lm, hypernetwork=trainer.net)
 
@@ -415,7 +415,8 @@ def test_unrelated_answers_are_read_once_before_the_edit(records):
 
 
 def test_gain_is_paired_by_fact():
-    from editkit.hypernet.bench import gain, published, units
+    from editkit.studies import published
+    from editkit.studies.horse.bench import gain, units
 
     rows = pd.DataFrame(
         [
@@ -430,7 +431,7 @@ def test_gain_is_paired_by_fact():
     assert gain(rows, "rome_zsre", "horse", ["mend", "malmen"], "locality").mean == pytest.approx(0.3)
     with pytest.raises(ConfigError, match="memit"):
         gain(rows, "rome_zsre", "horse", ["memit"], "average")
-    assert [g["points"] for g in published()["gains"]] == [6.26, 10.12]
+    assert list(published.table("horse", "gains")["points"]) == [6.26, 10.12]
     tie = gain(rows.assign(success=0.5), "rome_zsre", "horse", ["mend"], "average")
     assert tie.mean == 0 and tie.lo == -tie.hi < 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError
+from editkit.base.errors import ConfigError
+from editkit.methods import make_editor
 from editkit.scoring import generate, score_targets
 
 
@@ -45,7 +45,7 @@ def test_decoding_with_a_cache(any_lm, facts):
     for text in texts:
         ids = any_lm.encode([text]).input_ids
         n = ids.shape[1]
-        from editkit.prompts import prompts
+        from editkit.models.prompts import prompts
 
         for _ in range(4):
             with prompts(any_lm, [n]), torch.no_grad():

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import make_lm
 
-from editkit.errors import ConfigError, RequestError
-from editkit.facts import Fact
-from editkit.hooks import trace
+from editkit.base.errors import ConfigError, RequestError
 from editkit.locate.interchange import PATCHED, Interchange, choose_site, interchange, make_pairs
+from editkit.models.facts import Fact
+from editkit.models.hooks import trace
 
 G = {name: i for i, name in enumerate(PATCHED)}
 NAMES = ("Ana Silva", "Hugo Castro", "Élise Noël", "Li", "Karin Ann Fischer", "Mary")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import make_lm
 
-from editkit.errors import ConfigError, ModelError, NumericsError, RequestError
-from editkit.facts import Fact
+from editkit.base.errors import ConfigError, ModelError, NumericsError, RequestError
 from editkit.locate.contexts import ContextTemplates
 from editkit.locate.keys import compute_keys, read_states
+from editkit.models.facts import Fact
 
 CONTEXTS = ContextTemplates.of([["{}"], ["You can see. {}", "Because it was old and fine. {}"]])
 

@@ -5,12 +5,16 @@ import pandas as pd
 import pytest
 import torch
 
-from editkit.errors import ConfigError, DataError
-from editkit.facts import Fact, Probe
-from editkit.labyrinth.bench import ARMS, Bench, split_facts, untouched
-from editkit.labyrinth.health import Checkup, states, watch
-from editkit.labyrinth.revisions import state_gap
-from editkit.labyrinth.streams import (
+from editkit.base.errors import ConfigError, DataError
+from editkit.corpora.world.records import changes, edit_facts
+from editkit.corpora.world.world import World
+from editkit.locate.contexts import ContextTemplates
+from editkit.locate.moments import Covariance
+from editkit.models.facts import Fact, Probe
+from editkit.studies.labyrinth.bench import ARMS, Bench, split_facts, untouched
+from editkit.studies.labyrinth.health import Checkup, states, watch
+from editkit.studies.labyrinth.revisions import state_gap
+from editkit.studies.labyrinth.streams import (
     Keep,
     arm_scores,
     edit_stream,
@@ -21,10 +25,6 @@ from editkit.labyrinth.streams import (
     scores_now,
     spread,
 )
-from editkit.locate.contexts import ContextTemplates
-from editkit.statistics import Covariance
-from editkit.world.records import changes, edit_facts
-from editkit.world.world import World
 
 OPTIONS = {"layers": (0, 1), "token": "last", "lam": 5.0, "z_steps": 4, "z_lr": 0.5, "z_clamp_factor": 4.0}
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from editkit.errors import ConfigError, NumericsError
-from editkit.labyrinth.sequences import (
+from editkit.base.errors import ConfigError, NumericsError
+from editkit.studies.labyrinth.sequences import (
     VARIANTS,
     Problem,
     batches_of,

@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
+from editkit.base.errors import ConfigError, DataError, RequestError
 from editkit.corpora import selfcheck, temporal
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, DataError, RequestError
-from editkit.facts import Probe
-from editkit.lifelong import arms, articles, data, published, streams
-from editkit.testing import check_memory_editor
-from editkit.world import World
+from editkit.corpora.world import World
+from editkit.methods import make_editor
+from editkit.methods.contract import check_memory_editor
+from editkit.models.facts import Probe
+from editkit.studies import published
+from editkit.studies.memoir import arms, articles, data, streams
 
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]
 SMALL = {
@@ -84,7 +85,7 @@ def test_background_is_about_nothing_that_is_edited(world):
 
 
 def articles_facts(world, seed):
-    from editkit.world.records import edit_facts
+    from editkit.corpora.world.records import edit_facts
 
     return edit_facts(world, 4, seed, n_paraphrases=1, n_neighbors=1, n_locality=2, n_same_subject=0)
 
@@ -180,14 +181,14 @@ def test_options_need_no_companion(tiny_lm):
 
 def test_published_figures_have_a_source():
     for name in ("zsre", "zsre_1000", "long_run", "ripple"):
-        table = published.table(name).drop(columns="method")
-        assert published.source(name)
+        table = published.table("memoir", name).drop(columns="method")
+        assert published.source("memoir", name)
         values = table.to_numpy(dtype=float)
         assert ((values >= 0) & (values <= 1) | np.isnan(values)).all()
-    memoir = published.table("zsre").set_index("method").loc["memoir"]
+    memoir = published.table("memoir", "zsre").set_index("method").loc["memoir"]
     assert memoir.tolist() == [1.0, 0.95, 0.93]
     # the single scores of the ablation table average to the printed average
-    single = published.table("zsre_1000").set_index("method").loc["memoir"]
+    single = published.table("memoir", "zsre_1000").set_index("method").loc["memoir"]
     assert math.isclose(float(np.mean(single.tolist())), 0.93, abs_tol=0.005)
 
 

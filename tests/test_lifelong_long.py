@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError
-from editkit.facts import Probe
-from editkit.lifelong import arms, settings, streams
-from editkit.lifelong.data import Streams
-from editkit.lifelong.long_run import Diary, look_up_seconds, prompt_overlaps
+from editkit.base.errors import ConfigError
+from editkit.methods import make_editor
+from editkit.models.facts import Probe
+from editkit.studies.memoir import arms, settings, streams
+from editkit.studies.memoir.data import Streams
+from editkit.studies.memoir.long_run import Diary, look_up_seconds, prompt_overlaps
 
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]
 FAST = {"layer": 0, "threshold": 0.9, "steps": 4, "stop_loss": 0.0, "n_contexts": 1}

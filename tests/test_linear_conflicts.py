@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editkit.errors import ConfigError, NumericsError, RequestError
+from editkit.base.errors import ConfigError, NumericsError, RequestError
 from editkit.linear.conflicts import EditStream, retire_replace
 from editkit.linear.engines import ENGINES, make_engine
 from editkit.linear.normal import one_time_solution

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editkit.errors import NumericsError
+from editkit.base.errors import NumericsError
 from editkit.linear.normal import (
     Projector,
     alphaedit_update,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from editkit.errors import ConfigError, NumericsError
+from editkit.base.errors import ConfigError, NumericsError
 from editkit.linear.engines import ENGINES, make_engine
 from editkit.linear.normal import memit_update, null_projector, one_time_solution, solve_step
 from editkit.linear.nse import nse_step, restricted_update, select_neurons

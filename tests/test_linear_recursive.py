@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editkit.errors import ConfigError, NumericsError
+from editkit.base.errors import ConfigError, NumericsError
 from editkit.linear import inverse_gram
 from editkit.linear.engines import ENGINES, make_engine
 from editkit.linear.normal import Projector, one_time_solution

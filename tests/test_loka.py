@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, ModelError
-from editkit.memory.loka import fit_router
+from editkit.base.errors import ConfigError, ModelError
+from editkit.methods import make_editor
+from editkit.methods.memory.loka import fit_router
 from editkit.scoring import score_targets
 
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]

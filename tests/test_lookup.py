@@ -6,9 +6,9 @@ from conftest import PEOPLE, TOKENIZERS, make_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editkit.errors import ModelError, RequestError
-from editkit.hooks import pick, trace
-from editkit.lookup import find_positions, find_spans, subject_characters
+from editkit.base.errors import ModelError, RequestError
+from editkit.models.hooks import pick, trace
+from editkit.models.lookup import find_positions, find_spans, subject_characters
 
 TEMPLATES = (
     "{}",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.editors import make_editor
-from editkit.errors import ModelError
-from editkit.facts import Fact
-from editkit.testing import check_editor
+from editkit.base.errors import ModelError
+from editkit.methods import make_editor
+from editkit.methods.contract import check_editor
+from editkit.models.facts import Fact
 
 OPTIONS = {"steps": 3, "lr": 0.02, "rank": 2, "alpha": 4.0}
 

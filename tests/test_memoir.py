@@ -11,15 +11,15 @@ from conftest import MODEL_TYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, ModelError, NumericsError, RequestError
-from editkit.memory import masks as store
-from editkit.memory.masks import MaskStore
-from editkit.memory.memoir import Memoir, sample_prefixes
-from editkit.memory.tophash import TopHash, draw_permutation, mean_features, random_masks
-from editkit.prompts import prompts
+from editkit.base.errors import ConfigError, ModelError, NumericsError, RequestError
+from editkit.methods import make_editor
+from editkit.methods.contract import check_memory_editor
+from editkit.methods.memory import masks as store
+from editkit.methods.memory.masks import MaskStore
+from editkit.methods.memory.memoir import Memoir, sample_prefixes
+from editkit.methods.memory.tophash import TopHash, draw_permutation, mean_features, random_masks
+from editkit.models.prompts import prompts
 from editkit.scoring import evaluate
-from editkit.testing import check_memory_editor
 
 CONTEXTS = [["{}"], ["You can see {}", "Because {}"]]
 BACKGROUND = ["The weather was fine today.", "I think that Mary plays the piano", "London"]
@@ -120,7 +120,7 @@ def test_training_from_the_layer_on_is_training_through_the_whole_model(
     fast.edit(facts[:1])
     assert fast._last_rows.additive
     fast.detach()
-    monkeypatch.setattr("editkit.memory.training_rows._is_additive", lambda *args: False)
+    monkeypatch.setattr("editkit.methods.memory.training_rows._is_additive", lambda *args: False)
     whole = make(lm, layer=layer, steps=2)
     whole.edit(facts[:1])
     assert not whole._last_rows.additive
@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_the_edited_model(tiny_lm, facts):
 
 def type_route(editor, found):
     """The route of the bare prompt for whatever is fed: training uses its mask in every row."""
-    from editkit.memory.memoir import Route
+    from editkit.methods.memory.memoir import Route
 
     return Route(found, torch.tensor([0]), editor.masks.masks(found.index).to(editor.weight))
 

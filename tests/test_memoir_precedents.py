@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.editors import make_editor
-from editkit.testing import check_memory_editor
+from editkit.methods import make_editor
+from editkit.methods.contract import check_memory_editor
 
 NAMES = ("packnet", "gpm", "supsup", "sparcl")
 TEXTS = ["London in Italy", "Mary plays the piano", "The weather was fine today."]

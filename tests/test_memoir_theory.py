@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editkit.errors import ConfigError, NumericsError
-from editkit.memory.calibration import (
+from editkit.base.errors import ConfigError, NumericsError
+from editkit.methods.memory.calibration import (
     Null,
     expected_overlap,
     from_data,
     gaussian_correlation,
     gaussian_ratio,
 )
-from editkit.memory.tophash import TopHash
+from editkit.methods.memory.tophash import TopHash
 
 
 @given(st.integers(2, 400), st.floats(0.02, 1.0), st.floats(0, 1))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import MODEL_TYPES, TOKENIZERS
 
-from editkit.config import Config, option
-from editkit.editors import EDITORS, make_editor, register
-from editkit.errors import ConfigError, DataError, ModelError, RequestError
-from editkit.memory import MemoryEditor, open_memory
-from editkit.prompts import prompts, readers
+from editkit.base.config import Config, option
+from editkit.base.errors import ConfigError, DataError, ModelError, RequestError
+from editkit.methods import EDITORS, make_editor, register
+from editkit.methods.memory import MemoryEditor, open_memory
+from editkit.models.prompts import prompts, readers
 from editkit.scoring import engine
 from editkit.scoring.generation import generate
 

@@ -9,10 +9,10 @@ from conftest import MODEL_TYPES, PEOPLE, make_config, make_lm, make_tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from editkit.architectures import ARCHITECTURES
-from editkit.errors import ModelError, NumericsError, RequestError
-from editkit.hooks import hidden, trace
-from editkit.models import LM, load_lm
+from editkit.base.errors import ModelError, NumericsError, RequestError
+from editkit.models.architectures import ARCHITECTURES
+from editkit.models.hooks import hidden, trace
+from editkit.models.lm import LM, load_lm
 
 TEXTS = ["Ana Silva is", "The mother tongue of Karin Ann Fischer is the old language", "Li"]
 

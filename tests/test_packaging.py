@@ -56,7 +56,7 @@ def test_the_companion_ships_with_the_package():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "editkit"
     ]
-    assert "world/companion/*" in patterns
+    assert "corpora/world/companion/*" in patterns
 
 
 @pytest.mark.parametrize("name", editkit.__all__)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import make_lm
 
-from editkit import presets as package
-from editkit.editors import EDITORS, make_editor
-from editkit.errors import ConfigError
-from editkit.hypernet import METHODS, TrainConfig
-from editkit.presets import Preset, Setting, find, find_for, presets, shape_of
+from editkit.base.errors import ConfigError
+from editkit.methods import EDITORS, make_editor
+from editkit.methods import presets as package
+from editkit.methods.hypernet import METHODS, TrainConfig
+from editkit.methods.presets import Preset, Setting, find, find_for, presets, shape_of
 
 MODELS = ("GPT2-XL", "GPT-J-6B", "Llama-2-7B", "Llama-3-8B-Instruct", "Mistral-7B", "Qwen2.5-7B")
 # Methods of this book, or of papers that edit no language model: no published figure for any of these models.

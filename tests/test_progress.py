@@ -1,6 +1,6 @@
 """Progress bars stay silent outside terminals."""
 
-from editkit.progress import bar
+from editkit.base.progress import bar
 
 
 def test_items_pass_and_nothing_is_printed(capsys):

@@ -4,13 +4,20 @@ import json
 
 import pytest
 
+from editkit.base.errors import RequestError
 from editkit.corpora import counterfact, zsre
-from editkit.errors import RequestError
-from editkit.facts import validate_facts
-from editkit.world.consequences import changes, must_change, must_not_change
-from editkit.world.records import EDITABLE, choose_edits, edit_facts, statistics, to_counterfact, to_zsre
-from editkit.world.relations import RELATIONS
-from editkit.world.world import World
+from editkit.corpora.world.consequences import changes, must_change, must_not_change
+from editkit.corpora.world.records import (
+    EDITABLE,
+    choose_edits,
+    edit_facts,
+    statistics,
+    to_counterfact,
+    to_zsre,
+)
+from editkit.corpora.world.relations import RELATIONS
+from editkit.corpora.world.world import World
+from editkit.models.facts import validate_facts
 
 STORED = tuple(r.id for r in RELATIONS.values() if r.derived is None)
 

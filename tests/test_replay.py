@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.hooks import submodule, trace
 from editkit.locate.replay import Replay
 from editkit.locate.targets import TargetConfig, optimize_targets
+from editkit.models.hooks import submodule, trace
 
 CONTEXTS = [["{}"], ["The weather was fine today. {}"]]
 CFG = TargetConfig(lr=0.3, steps=4, clamp_factor=0.9)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, ModelError
-from editkit.memory.token_index import TokenIndex
+from editkit.base.errors import ConfigError, ModelError
+from editkit.methods import make_editor
+from editkit.methods.memory.token_index import TokenIndex
 from editkit.scoring import generate, score_targets
 
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river"]

@@ -13,16 +13,16 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from editkit.base.errors import DataError
 from editkit.cli import main
-from editkit.errors import DataError
-from editkit.runs import execute
-from editkit.runs import notebook as nb
-from editkit.runs.execute import CURRENT, FAILED, OK, UNAVAILABLE, run_all
-from editkit.runs.inputs import changes, prepare
-from editkit.runs.layout import Layout, finished, read_sidecar
-from editkit.runs.reference import collect, references
-from editkit.runs.study import load_study
-from editkit.runs.worker import NO_START
+from editkit.press import execute
+from editkit.press import notebook as nb
+from editkit.press.execute import CURRENT, FAILED, OK, UNAVAILABLE, run_all
+from editkit.press.inputs import changes, prepare
+from editkit.press.layout import Layout, finished, read_sidecar
+from editkit.press.reference import collect, references
+from editkit.press.study import load_study
+from editkit.press.worker import NO_START
 
 pytestmark = pytest.mark.xdist_group("kernels")
 
@@ -49,7 +49,7 @@ else:
 
 def write_notebook(path, body, parameters="n: int = 2  # how many"):
     cells = [new_markdown_cell("# Title"), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
-    cells += [new_code_cell("from editkit.runs import start\nrun = start(globals(), style=False)")]
+    cells += [new_code_cell("from editkit.press import start\nrun = start(globals(), style=False)")]
     cells += [new_code_cell(body), new_code_cell("run.finish()")]
     nbformat.write(new_notebook(cells=cells), path)
 
@@ -152,13 +152,13 @@ def test_a_changed_source_of_editkit_is_noticed(done, monkeypatch):
     sidecar = json.loads(text)
     sidecar["inputs"]["modules"]["facts.py"] = "another hash"
     sidecar["inputs"]["packages"]["torch"] = "0.1"
-    sidecar["inputs"]["shipped"]["world/companion"] = "another model"
+    sidecar["inputs"]["shipped"]["corpora/world/companion"] = "another model"
     path.write_text(json.dumps(sidecar))
     try:
         reasons = changes(runs["good"], layout)
     finally:
         path.write_text(text)
-    assert reasons == ["world/companion changed", "torch changed", "editkit/facts.py changed"]
+    assert reasons == ["world/companion changed", "torch changed", "editkit/models/facts.py changed"]
 
 
 def test_a_changed_notebook_is_executed_and_a_reworded_one_refreshed(tmp_path):

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from editkit.errors import ConfigError
-from editkit.plotting import INK, PALETTE, look, themed_svg
-from editkit.runs import start
-from editkit.runs.format import check_spec, format_number, format_value
-from editkit.runs.report import PARAMETERS, RUN_DIR, WORK_DIR, Run
+from editkit.base.errors import ConfigError
+from editkit.press import start
+from editkit.press.format import check_spec, format_number, format_value
+from editkit.press.plotting import INK, PALETTE, look, themed_svg
+from editkit.press.report import PARAMETERS, RUN_DIR, WORK_DIR, Run
 
 matplotlib.use("agg")
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from test_runs_execute import load, make_project
 
-from editkit.runs.execute import OK, run_all
-from editkit.runs.layout import finished
+from editkit.press.execute import OK, run_all
+from editkit.press.layout import finished
 
 pytest.importorskip("snakemake", reason="Snakemake is optional: pip install -e '.[cluster]'")
 pytestmark = pytest.mark.xdist_group("kernels")

@@ -6,14 +6,14 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from editkit.errors import ConfigError
-from editkit.runs import notebook as nb
-from editkit.runs.command import parse_override
-from editkit.runs.inputs import prepare
-from editkit.runs.provenance import digest, source_hash, sources_changed, tree_hash
-from editkit.runs.study import data_hashes, load_study, missing_files, parse_yaml
+from editkit.base.errors import ConfigError
+from editkit.press import notebook as nb
+from editkit.press.command import parse_override
+from editkit.press.inputs import prepare
+from editkit.press.provenance import digest, source_hash, sources_changed, tree_hash
+from editkit.press.study import data_hashes, load_study, missing_files, parse_yaml
 
-BODY = ("from editkit.runs import start", "run = start(globals(), style=False)", "run.finish()")
+BODY = ("from editkit.press import start", "run = start(globals(), style=False)", "run.finish()")
 
 
 def code(source, *tags):

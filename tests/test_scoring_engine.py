@@ -9,7 +9,7 @@ from conftest import PEOPLE, TOKENIZERS, make_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editkit.errors import ConfigError, RequestError
+from editkit.base.errors import ConfigError, RequestError
 from editkit.scoring.engine import batches, next_tokens, prompt_tokens, score_targets, split_tokens
 from editkit.scoring.generation import generate, released_text, stop_ids
 from editkit.scoring.zsre import next_token_correct, released_prompts

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from editkit.errors import ConfigError, DataError, RequestError
-from editkit.facts import Fact, Probe
-from editkit.models import load_lm
+from editkit.base.errors import ConfigError, DataError, RequestError
+from editkit.models.facts import Fact, Probe
+from editkit.models.lm import load_lm
 from editkit.scoring import Baseline, evaluate, expand, generation_gap, says, score, score_targets
 from editkit.scoring.protocols import candidate_pools
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from editkit.errors import ConfigError, DataError
+from editkit.base.errors import ConfigError, DataError
 from editkit.scoring import bootstrap_mean, generation_gap, overall, paired_permutation_test, summarize
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import make_lm
 
-from editkit.errors import ConfigError, DataError, RequestError
-from editkit.facts import Fact
+from editkit.base.errors import ConfigError, DataError, RequestError
+from editkit.models.facts import Fact
 from editkit.scoring import TfIdf, confident_share, ngram_entropy, perplexity, score_text
 from editkit.scoring.text import same_answer, text_logprobs, words
 

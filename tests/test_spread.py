@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, NumericsError
-from editkit.hypernet.data import Draw
-from editkit.hypernet.sites import find_sites
-from editkit.hypernet.strength import drift_at, strength_curve
+from editkit.base.errors import ConfigError, NumericsError
 from editkit.linear.spread import STRATEGIES, alignment, projection_coefficient, spread
+from editkit.methods import make_editor
+from editkit.methods.hypernet.data import Draw
+from editkit.methods.hypernet.sites import find_sites
+from editkit.methods.hypernet.strength import drift_at, strength_curve
 
 TINY = {"max_examples": 25, "deadline": None}
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6))

@@ -8,8 +8,8 @@ import torch
 from conftest import SENTENCES, make_lm
 from safetensors.torch import save_file
 
-from editkit.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
-from editkit.statistics import Covariance, second_moment
+from editkit.base.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
+from editkit.locate.moments import Covariance, second_moment
 
 
 def direct_moment(lm, layer, texts):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.errors import ConfigError, ModelError, NumericsError, RequestError
-from editkit.facts import Fact
-from editkit.hooks import trace
+from editkit.base.errors import ConfigError, ModelError, NumericsError, RequestError
 from editkit.locate.contexts import ContextTemplates
 from editkit.locate.targets import TargetConfig, encode_targets, optimize_targets
-from editkit.lookup import find_positions
+from editkit.models.facts import Fact
+from editkit.models.hooks import trace
+from editkit.models.lookup import find_positions
 
 CONTEXTS = [["{}"], ["The weather was fine today. {}", "Because it was old. {}"]]
 CFG = TargetConfig(lr=0.3, steps=4, clamp_factor=0.9)

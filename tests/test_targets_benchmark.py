@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import make_lm
 
-from editkit.hooks import frozen
 from editkit.locate.contexts import ContextTemplates
 from editkit.locate.targets import TargetConfig, optimize_targets
+from editkit.models.hooks import frozen
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "targets.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks are not part of this installation")

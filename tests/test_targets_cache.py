@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import SENTENCES, make_lm
 
-from editkit.editors import make_editor
-from editkit.errors import DataError
+from editkit.base.errors import DataError
 from editkit.locate import targets
+from editkit.locate.moments import second_moment
 from editkit.locate.targets import TargetConfig, optimize_targets
-from editkit.statistics import second_moment
+from editkit.methods import make_editor
 
 CONTEXTS = [["{}"], ["The weather was fine today. {}"]]
 Z = {"z_lr": 0.3, "z_steps": 3, "z_clamp_factor": 2.0}

@@ -11,12 +11,12 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from editkit.errors import ConfigError, RequestError
-from editkit.facts import Fact
-from editkit.hooks import trace
+from editkit.base.errors import ConfigError, RequestError
 from editkit.locate.patching import GROUPS, final_logits, first_answer_ids, position_groups, window_layers
 from editkit.locate.tracing import CausalTrace, causal_trace, critical_layers, subject_noise_scale
-from editkit.models import LM
+from editkit.models.facts import Fact
+from editkit.models.hooks import trace
+from editkit.models.lm import LM
 
 G = {name: i for i, name in enumerate(GROUPS)}
 

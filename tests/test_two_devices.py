@@ -8,11 +8,11 @@ import torch
 from conftest import SENTENCES, make_lm
 from two_devices import FIRST, SECOND, pretend
 
-from editkit.capacity import memory_plan
-from editkit.editors import make_editor
 from editkit.locate.keys import compute_keys, read_states
+from editkit.locate.moments import second_moment
 from editkit.locate.targets import TargetConfig, optimize_targets
-from editkit.statistics import second_moment
+from editkit.methods import make_editor
+from editkit.models.capacity import memory_plan
 
 CONTEXTS = [["{}"], ["The weather was fine today. {}"]]
 Z = {"z_lr": 0.3, "z_steps": 3, "z_clamp_factor": 2.0}
@@ -115,7 +115,7 @@ def test_without_room_a_layer_is_solved_on_the_host(method, facts, monkeypatch):
 
     def twice(free):
         asked = []
-        monkeypatch.setattr("editkit.device.free_bytes", lambda device: asked.append(device) or free)
+        monkeypatch.setattr("editkit.base.device.free_bytes", lambda device: asked.append(device) or free)
         editor = make_editor(method, lm, statistics=statistics, **options)
         try:
             after = editor.edit(facts[:2]).after | editor.edit(facts[2:3]).after

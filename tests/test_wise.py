@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from editkit.editors import make_editor
-from editkit.errors import ConfigError, ModelError, NumericsError, RequestError
-from editkit.facts import Fact
-from editkit.memory.wise_merge import ties, trim
-from editkit.memory.wise_rows import hinge
+from editkit.base.errors import ConfigError, ModelError, NumericsError, RequestError
+from editkit.methods import make_editor
+from editkit.methods.memory.wise_merge import ties, trim
+from editkit.methods.memory.wise_rows import hinge
+from editkit.models.facts import Fact
 from editkit.scoring import score_targets
 
 OPTIONS = {"layer": 0, "steps": 4, "lr": 0.5, "alpha": 0.1, "beta": 0.5, "gamma": 0.3, "n_contexts": 2,
@@ -145,7 +145,7 @@ def test_generation_keeps_the_route_of_the_prompt(tiny_lm, facts):
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     cached = lm.model.generate(**encoding, **options)
     ids = encoding.input_ids
-    from editkit.prompts import prompts
+    from editkit.models.prompts import prompts
 
     for _ in range(5):
         with prompts(lm, [len(encoding.input_ids[0])]), torch.no_grad():

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from editkit.errors import ConfigError, RequestError
-from editkit.world import gazetteer
-from editkit.world.names import FAMILY, GIVEN, company_names, person_names
-from editkit.world.relations import RELATIONS, relations_of
-from editkit.world.world import World
+from editkit.base.errors import ConfigError, RequestError
+from editkit.corpora.world import gazetteer
+from editkit.corpora.world.names import FAMILY, GIVEN, company_names, person_names
+from editkit.corpora.world.relations import RELATIONS, relations_of
+from editkit.corpora.world.world import World
 
 SHARED = Path(os.environ.get("EDITKIT_SHARED", Path(__file__).parents[2] / "shared"))
 CLARE = SHARED / "data" / "clare" / "data.json"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from editkit.runs import book
-from editkit.runs.layout import Layout
-from editkit.runs.reference import references
-from editkit.runs.study import Study
+from editkit.press import book
+from editkit.press.layout import Layout
+from editkit.press.reference import references
+from editkit.press.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 SVG = (

@@ -1,11 +1,11 @@
 """The API reference: docstrings and signatures of a package, read from the source without importing it.
 
-    ```{api} editkit.editors          one module, or a package with all its modules
+    ```{api} editkit.methods          one module, or a package with all its modules
     ```{api-index}                    all documented modules with their first lines
-    {py:func}`editkit.models.load_lm` refers to an entry from any page
+    {py:func}`editkit.models.lm.load_lm` refers to an entry from any page
 
 Public is what has no leading underscore; `main` modules of the command line are left out. Options of
-configurations (`editkit.config.option`) become tables.
+configurations (`editkit.base.config.option`) become tables.
 """
 
 from __future__ import annotations

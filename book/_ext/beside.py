@@ -17,8 +17,8 @@ import ledger
 from docutils import nodes
 from sphinx.application import Sphinx
 
-from editkit.runs.format import format_value
-from editkit.runs.quote import Runs, agreement, other_execution
+from editkit.press.format import format_value
+from editkit.press.quote import Runs, agreement, other_execution
 
 PAGES_WITHOUT = ("ledger", "runs/index")  # the ledger compares by itself, the list of runs quotes nothing
 SIGN = {"equal": "=", "overlap": "≈", "apart": "≠", "differs": "·"}

@@ -34,9 +34,9 @@ from sphinx.errors import NoUri
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from editkit.runs.book import MANIFEST, PAGES
-from editkit.runs.format import format_number, format_value
-from editkit.runs.quote import Lookup, Runs, agreement, origin, other_execution
+from editkit.press.book import MANIFEST, PAGES
+from editkit.press.format import format_number, format_value
+from editkit.press.quote import Lookup, Runs, agreement, origin, other_execution
 
 logger = logging.getLogger(__name__)
 _CODE = re.compile(r"(``[^`\n]+``|`[^`\n]+`)")
@@ -388,15 +388,13 @@ def copy_run_files(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict:
-    from companion_explorer import RunExplorer  # built on Base, so it is imported late
-
     app.add_role("val", Val())
     for name, directive in {
         "run-figure": RunFigure, "run-table": RunTable, "run-parameters": RunParameters,
-        "provenance": Provenance, "run-results": RunResults, "run-list": RunList, "run-explorer": RunExplorer,
+        "provenance": Provenance, "run-results": RunResults, "run-list": RunList,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
-    for more in ("ledger", "apidoc", "theme", "beside", "companion_benchmarks"):
+    for more in ("ledger", "apidoc", "theme", "beside", "companion_benchmarks", "companion_explorer", "house"):
         app.setup_extension(more)
     app.connect("builder-inited", load_runs)
     app.connect("builder-inited", copy_mathjax)

@@ -1,6 +1,6 @@
 """Sphinx part of the benchmark results: numbers and the table come from benchmarks/results/*.json only.
 
-{bench}`targets:speed_up_processor_time ; .1f`      a number by file and path (see editkit.runs.benchmarks)
+{bench}`targets:speed_up_processor_time ; .1f`      a number by file and path (see editkit.press.benchmarks)
 
 ```{bench-table}                                    one table of them all
 """
@@ -17,8 +17,8 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
 
-from editkit.runs import benchmarks
-from editkit.runs.quote import Lookup
+from editkit.press import benchmarks
+from editkit.press.quote import Lookup
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ from typing import ClassVar
 from companion import Base, place
 from docutils import nodes
 from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
 
-from editkit.runs.quote import Lookup
+from editkit.press.quote import Lookup
 
 SCRIPT = Path(__file__).with_name("explorer.js")
 NONE = 0xFFFF  # "no neighbour"; the format holds up to 65,535 facts
@@ -104,3 +105,8 @@ class RunExplorer(Base):
         payload = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         code = SCRIPT.read_text(encoding="utf-8")
         path.write_text(f"{code}\nexploreGraph({payload});\n", encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict:
+    app.add_directive("run-explorer", RunExplorer)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

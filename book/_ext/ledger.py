@@ -20,8 +20,8 @@ import verdicts
 from docutils import nodes
 from sphinx.application import Sphinx
 
-from editkit.runs.format import format_number, format_value
-from editkit.runs.quote import agreement, origin, other_execution
+from editkit.press.format import format_number, format_value
+from editkit.press.quote import agreement, origin, other_execution
 
 FOLDER, CSV = "ledger", "ledger.csv"
 MARK = {verdicts.HOLDS: "✓", verdicts.FAILS: "✗", verdicts.OPEN: "?", verdicts.ABSENT: "–"}

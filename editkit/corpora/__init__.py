@@ -5,7 +5,8 @@
     checked
 
 Loaders: clare, counterfact, zsre, selfcheck, temporal -> Facts; mquake, ripple -> typed records that hold
-Facts. All take (path, limit=, on_error="raise" | "skip") and return a `Corpus`: a list with `.provenance`.
+Facts. All take (path, limit=, on_error="raise" | "skip") and return a `Corpus`: a list with `.provenance`. The
+generated world and its companion model are in `world`. May import `base` and `models`.
 """
 
 from .base import Corpus, Provenance, Record

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from ..facts import Fact
+from ..models.facts import Fact
 from .clare import answers_by_prompt
 
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..facts import SLOT
+from ..base.errors import DataError
+from ..models.facts import SLOT
 
 log = logging.getLogger(__name__)
 

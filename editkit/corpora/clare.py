@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError
-from ..facts import Fact, Probe
+from ..base.errors import DataError
+from ..models.facts import Fact, Probe
 from .base import Corpus, Record, read
 from .fetch import fetch
 

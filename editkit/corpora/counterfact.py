@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..errors import DataError
-from ..facts import Fact, Probe
+from ..base.errors import DataError
+from ..models.facts import Fact, Probe
 from .base import Corpus, Record, read, read_json
 from .fetch import fetch
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import DataError
+from ..base.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import DataError
-from ..facts import SLOT, Fact, Probe
+from ..base.errors import DataError
+from ..models.facts import SLOT, Fact, Probe
 from .base import Corpus, Record, read, read_json
 from .fetch import fetch
 

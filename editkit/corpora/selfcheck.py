@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..facts import Fact, Probe
+from ..models.facts import Fact, Probe
 from .base import Corpus, Record, read
 from .fetch import fetch
 

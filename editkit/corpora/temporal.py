@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..facts import Fact
+from ..models.facts import Fact
 from .base import Corpus, Record, read
 from .fetch import fetch
 from .selfcheck import parse_article

@@ -13,8 +13,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import DataError
-from ..facts import Fact, Probe
+from ..base.errors import DataError
+from ..models.facts import Fact, Probe
 from .base import Corpus, Record, read
 from .fetch import fetch
 

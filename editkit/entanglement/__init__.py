@@ -6,6 +6,7 @@
     scores = whitened(Y, second_moment)              # exact to first order for one edited layer
 
 Symbols: n facts, m hidden size, d key width; representations hold one fact per row, (n, width).
+May import `base` to `methods`.
 """
 
 from __future__ import annotations

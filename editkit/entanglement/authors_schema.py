@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError
-from ..facts import Fact
-from ..progress import bar
+from ..base.errors import ConfigError, DataError
+from ..base.progress import bar
+from ..models.facts import Fact
 from .graph import EntanglementGraph, excluded_pairs, facts_hash, prompt_groups
 from .graph_io import GraphWriter, sha256_of
 from .similarity import Score, blocks

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..errors import ConfigError, DataError
+from ..base.errors import ConfigError, DataError
 
 Tables = np.ndarray | Sequence[np.ndarray]
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ..errors import ConfigError, NumericsError
-from ..facts import Fact
-from ..hooks import frozen, trace
+from ..base.errors import ConfigError, NumericsError
+from ..base.progress import bar
 from ..locate.contexts import ContextTemplates
 from ..locate.targets import encode_targets
-from ..models import LM
-from ..progress import bar
+from ..models.facts import Fact
+from ..models.hooks import frozen, trace
+from ..models.lm import LM
 from .representations import check_facts
 from .similarity import Score, cosine
 

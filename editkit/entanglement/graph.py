@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, ModelError, NumericsError, RequestError
-from ..facts import Fact
-from ..progress import bar
-from ..statistics import text_hash
+from ..base.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
+from ..base.progress import bar
+from ..locate.moments import text_hash
+from ..models.facts import Fact
 from .graph_io import HEADER, WEIGHTS, GraphWriter, open_arrays, read_header, sha256_of
 from .similarity import Score, blocks
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-    from ..models import LM
+    from ..models.lm import LM
 
 ROWS = 1024  # rows of a block: a product of 1,024 x 11,427 scores takes 47 MB
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..base.errors import DataError
 
 FORMAT = "editkit-entanglement-graph-1"
 HEADER, JOURNAL = "header.json", "journal.jsonl"

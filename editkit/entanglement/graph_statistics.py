@@ -14,8 +14,8 @@ from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.stats import rankdata, spearmanr
 
-from ..errors import ConfigError, DataError
-from ..facts import Fact
+from ..base.errors import ConfigError, DataError
+from ..models.facts import Fact
 from .graph import EntanglementGraph
 from .similarity import Score
 

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import check_known
-from ..editors.accumulate import AccumulateEditor
-from ..editors.delta import Delta
-from ..editors.locate_then_edit import LocateEditor
-from ..editors.rome import ROME
-from ..errors import ConfigError, NumericsError
-from ..facts import Fact, validate_facts
-from ..hooks import frozen, pick, submodule, trace
-from ..lookup import find_positions
-from ..models import LM
+from ..base.config import check_known
+from ..base.errors import ConfigError, NumericsError
+from ..methods.delta import Delta
+from ..methods.weights.accumulate import AccumulateEditor
+from ..methods.weights.locate_then_edit import LocateEditor
+from ..methods.weights.rome import ROME
+from ..models.facts import Fact, validate_facts
+from ..models.hooks import frozen, pick, submodule, trace
+from ..models.lm import LM
+from ..models.lookup import find_positions
 from .representations import represent_many
 from .similarity import _cholesky
 

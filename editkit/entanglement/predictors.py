@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import check_known
-from ..editors.locate_then_edit import LocateEditor
-from ..facts import Fact
-from ..models import LM
+from ..base.config import check_known
+from ..methods.weights.locate_then_edit import LocateEditor
+from ..models.facts import Fact
+from ..models.lm import LM
 from .gradsim import Sketch, gradients, gradsim
 from .plans import plan_edits, probe_representations
 from .representations import represent_many

@@ -18,16 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..batching import by_length
-from ..config import check_known
-from ..errors import ConfigError, DataError, NumericsError, RequestError
-from ..facts import Fact, validate_fact
-from ..hooks import pick, trace
+from ..base.config import check_known
+from ..base.errors import ConfigError, DataError, NumericsError, RequestError
+from ..base.progress import bar
 from ..locate.keys import TOKENS_PER_BATCH, as_pairs
-from ..lookup import Where, find_positions, find_spans, subject_characters
-from ..models import LM
-from ..progress import bar
-from ..statistics import tokenizer_hash
+from ..locate.moments import tokenizer_hash
+from ..models.batching import by_length
+from ..models.facts import Fact, validate_fact
+from ..models.hooks import pick, trace
+from ..models.lm import LM
+from ..models.lookup import Where, find_positions, find_spans, subject_characters
 
 Token = Where | Literal["mean"]
 Module = Literal["block_output", "mlp_output", "attn_output", "down_input"]
@@ -143,7 +143,7 @@ def represent_many(
     """Representations at several layers and modules from one pass: (layer, module) -> (n, width) float32.
 
     facts:  facts, or (template, subject) pairs.
-    token:  a lookup name of `editkit.lookup`, or "mean" over the tokens of the text.
+    token:  a lookup name of `editkit.models.lookup`, or "mean" over the tokens of the text.
     with_answer: read after "prompt answer" instead of the prompt (tokens "last" and "mean").
     folder: blocks of facts are kept there; a killed run continues from them and returns the same bits as one
             that was not interrupted. A folder of another model, other facts or options is refused.

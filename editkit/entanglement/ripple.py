@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ..batching import by_length
-from ..editors import Editor
-from ..editors.delta import Delta
-from ..editors.locate_then_edit import LocateEditor
-from ..editors.rome import ROME
-from ..errors import ConfigError, RequestError
-from ..facts import Fact, validate_facts
-from ..hooks import bypassed, entering, trace
+from ..base.errors import ConfigError, RequestError
+from ..base.progress import bar
 from ..locate.contexts import ContextTemplates
 from ..locate.targets import TargetResult, encode_targets, optimize_targets
-from ..models import LM
-from ..progress import bar
+from ..methods import Editor
+from ..methods.delta import Delta
+from ..methods.weights.locate_then_edit import LocateEditor
+from ..methods.weights.rome import ROME
+from ..models.batching import by_length
+from ..models.facts import Fact, validate_facts
+from ..models.hooks import bypassed, entering, trace
+from ..models.lm import LM
 from .representations import check_facts
 
 MEASURES: dict[str, str] = {

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NumericsError
+from ..base.errors import ConfigError, NumericsError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from editkit.errors import NumericsError
+from editkit.base.errors import NumericsError
 from editkit.linear.recursive import AccumulatedLeastSquares, capacity
 from editkit.linear.system import factorize
 

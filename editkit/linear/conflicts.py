@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editkit.errors import ConfigError, NumericsError, RequestError
+from editkit.base.errors import ConfigError, NumericsError, RequestError
 from editkit.linear.recursive import AccumulatedLeastSquares
 from editkit.linear.system import as_float64, as_gram, factorize
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from editkit.errors import ConfigError
+from editkit.base.errors import ConfigError
 from editkit.linear.cholesky_gram import CholeskyGram
 from editkit.linear.inverse_gram import InverseGram
 from editkit.linear.keys_only import KeysOnly

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from editkit.errors import NumericsError
+from editkit.base.errors import NumericsError
 from editkit.linear.system import Factor, as_float64, as_gram, as_nonnegative, factorize
 
 

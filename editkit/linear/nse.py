@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from editkit.errors import ConfigError, NumericsError
+from editkit.base.errors import ConfigError, NumericsError
 from editkit.linear.postprocess import gradient_cache
 from editkit.linear.system import as_float64, as_gram, factorize
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from editkit.errors import ConfigError, NumericsError
+from editkit.base.errors import ConfigError, NumericsError
 from editkit.linear.recursive import AccumulatedLeastSquares
 from editkit.linear.system import as_float64
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from editkit.errors import NumericsError
+from editkit.base.errors import NumericsError
 from editkit.linear.system import as_float64, as_gram, factorize
 
 _DIGEST = 16  # bytes of the hash that remembers a written key

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from editkit.errors import NumericsError
+from editkit.base.errors import NumericsError
 from editkit.linear.normal import as_projector
 from editkit.linear.system import as_float64, as_gram, as_nonnegative, factorize
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from editkit.errors import ConfigError, NumericsError
+from editkit.base.errors import ConfigError, NumericsError
 from editkit.linear.system import EPS
 
 Residuals = Sequence[Tensor]

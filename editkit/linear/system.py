@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from editkit.errors import NumericsError
+from editkit.base.errors import NumericsError
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 
-from ..errors import ConfigError
-from ..facts import SLOT
-from ..models import LM
+from ..base.errors import ConfigError
+from ..models.facts import SLOT
+from ..models.lm import LM
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 Average = Literal["groups", "flat"]

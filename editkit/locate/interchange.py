@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..batching import by_length
-from ..errors import ConfigError, RequestError
-from ..facts import Fact
-from ..models import LM
-from ..progress import bar
+from ..base.errors import ConfigError, RequestError
+from ..base.progress import bar
+from ..models.batching import by_length
+from ..models.facts import Fact
+from ..models.lm import LM
 from .keys import TOKENS_PER_BATCH
 from .patching import GROUPS, Kind, Positions, chunks, final_logits, module_names, position_groups, put
 from .sites import Site

@@ -14,12 +14,12 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..batching import by_length
-from ..errors import NumericsError, RequestError
-from ..facts import Fact
-from ..hooks import pick, trace
-from ..lookup import PADDING, Where, find_positions
-from ..models import LM
+from ..base.errors import NumericsError, RequestError
+from ..models.batching import by_length
+from ..models.facts import Fact
+from ..models.hooks import pick, trace
+from ..models.lm import LM
+from ..models.lookup import PADDING, Where, find_positions
 from .contexts import Average, ContextTemplates
 
 Prompt = Fact | tuple[str, str]

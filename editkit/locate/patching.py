@@ -14,11 +14,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..batching import Encoding
-from ..errors import ConfigError, RequestError
-from ..hooks import EditFn, pick, trace
-from ..lookup import find_positions, find_spans
-from ..models import LM
+from ..base.errors import ConfigError, RequestError
+from ..models.batching import Encoding
+from ..models.hooks import EditFn, pick, trace
+from ..models.lm import LM
+from ..models.lookup import find_positions, find_spans
 from .keys import Prompt, as_pairs
 
 Kind = Literal["block", "mlp", "attn"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..batching import Encoding
-from ..hooks import bypassed, entering, trace
-from ..models import LM
+from ..models.batching import Encoding
+from ..models.hooks import bypassed, entering, trace
+from ..models.lm import LM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """token: a lookup name of `editkit.lookup`. layers: block indices, ascending. rule: how both were
+    """token: a lookup name of `editkit.models.lookup`. layers: block indices, ascending. rule: how both were
     derived.
     """
 

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ..batching import Encoding, by_length
-from ..cached import found_or_made
-from ..config import Config, option
-from ..errors import NumericsError, RequestError
-from ..facts import Fact, validate_fact
-from ..hooks import frozen, trace
-from ..lookup import Where, check_where, find_spans
-from ..models import LM
-from ..progress import bar
-from ..statistics import tokenizer_hash
+from ..base.cached import found_or_made
+from ..base.config import Config, option
+from ..base.errors import NumericsError, RequestError
+from ..base.progress import bar
+from ..models.batching import Encoding, by_length
+from ..models.facts import Fact, validate_fact
+from ..models.hooks import frozen, trace
+from ..models.lm import LM
+from ..models.lookup import Where, check_where, find_spans
 from .contexts import ContextTemplates
+from .moments import tokenizer_hash
 from .replay import Replay
 
 LOSSES = ("total", "nll", "kl", "decay")

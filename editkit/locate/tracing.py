@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..batching import by_length
-from ..errors import ConfigError, RequestError
-from ..facts import Fact
-from ..hooks import EditFn
-from ..models import LM
-from ..progress import bar
+from ..base.errors import ConfigError, RequestError
+from ..base.progress import bar
+from ..models.batching import by_length
+from ..models.facts import Fact
+from ..models.hooks import EditFn
+from ..models.lm import LM
 from .interchange import Interchange, choose_site, interchange, make_pairs
 from .keys import TOKENS_PER_BATCH
 from .patching import (

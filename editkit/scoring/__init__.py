@@ -1,4 +1,7 @@
-"""Scoring edited models: named protocols, free text, statistics, and edit-then-score runs."""
+"""Scoring edited models: named protocols, free text, statistics, and edit-then-score runs.
+
+May import `base` and `models`.
+"""
 
 from .engine import TargetScore, score_targets
 from .evaluate import evaluate

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, RequestError
-from ..models import LM
-from ..progress import bar
-from ..prompts import prompts as prompts_end
-from ..prompts import readers
+from ..base.errors import ConfigError, RequestError
+from ..base.progress import bar
+from ..models.lm import LM
+from ..models.prompts import prompts as prompts_end
+from ..models.prompts import readers
 
 PaddingSide = Literal["left", "right"]
 TOKEN_BUDGET = 8192

@@ -7,10 +7,10 @@ from typing import Literal, Protocol
 
 import pandas as pd
 
-from ..errors import ConfigError
-from ..facts import Fact, validate_facts
-from ..models import LM
-from ..progress import bar
+from ..base.errors import ConfigError
+from ..base.progress import bar
+from ..models.facts import Fact, validate_facts
+from ..models.lm import LM
 from .probes import expand
 from .protocols import PROTOCOLS, Baseline, score
 

@@ -10,10 +10,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, RequestError
-from ..models import LM
-from ..progress import bar
-from ..prompts import readers
+from ..base.errors import ConfigError, RequestError
+from ..base.progress import bar
+from ..models.lm import LM
+from ..models.prompts import readers
 from .engine import TOKEN_BUDGET, batches, keeps_logits, prompt_tokens
 
 

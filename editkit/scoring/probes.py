@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from ..errors import ConfigError, DataError, RequestError
-from ..facts import Fact, validate_fact
+from ..base.errors import ConfigError, DataError, RequestError
+from ..models.facts import Fact, validate_fact
 
 REWRITE_AXES = ("efficacy", "paraphrase", "consequence")
 KEEP_AXES = ("neighborhood", "locality", "same_subject")

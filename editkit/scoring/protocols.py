@@ -20,9 +20,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ..errors import ConfigError, RequestError
-from ..facts import Fact
-from ..models import LM
+from ..base.errors import ConfigError, RequestError
+from ..models.facts import Fact
+from ..models.lm import LM
 from .engine import TOKEN_BUDGET, PaddingSide, Pair, score_targets, split_tokens
 from .generation import generate
 from .probes import KEEP_AXES, Item, expand

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..errors import ConfigError, DataError
+from ..base.errors import ConfigError, DataError
 
 _BCA_LIMIT = 1000  # above, the correction changes nothing visible and its jackknife gets slow
 

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..errors import ConfigError, DataError, RequestError
-from ..facts import Fact
-from ..models import LM
-from ..progress import bar
-from ..prompts import readers
+from ..base.errors import ConfigError, DataError, RequestError
+from ..base.progress import bar
+from ..models.facts import Fact
+from ..models.lm import LM
+from ..models.prompts import readers
 from .engine import TOKEN_BUDGET, PaddingSide, batches, pad_rows
 from .generation import generate, released_text
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..models import LM
+from ..models.lm import LM
 from .engine import Pair, next_tokens
 
 

@@ -1,0 +1,170 @@
+"""The requests of the lifelong pages: generated from the world, or the real data sets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...base.errors import ConfigError, DataError
+from ...models.facts import Fact
+from ...models.lm import LM
+from .arms import world_background
+from .articles import as_facts, hallucination_records, temporal_records
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """Facts and background texts per seed; world: the companion's world, or None for real data.
+
+    others: facts of the same kind per seed that are never edited (empty unless asked for).
+    """
+
+    facts: dict[int, list[Fact]]
+    background: dict[int, list[str]]
+    world: Any = None
+    others: dict[int, list[Fact]] = dataclasses.field(default_factory=dict)
+
+    def __getitem__(self, seed: int) -> tuple[list[Fact], list[str]]:
+        return self.facts[seed], self.background[seed]
+
+    def statistics(self, lm: LM, layers: Sequence[int], cache_dir: str | Path | None = None) -> dict:
+        """Second moments for the methods that need any: over the world's text, else over the background texts."""
+        if not layers:
+            return {}
+        if self.world is not None:
+            from .. import testbed
+
+            return testbed.statistics(lm, self.world, list(layers), cache_dir)
+        from ...locate.moments import second_moment
+
+        texts = sorted({t for part in self.background.values() for t in part})
+        return second_moment(lm, list(layers), texts, cache_dir=cache_dir)
+
+
+def _sampled(found: Sequence[Fact], n: int, seeds: Sequence[int]) -> tuple[dict, dict[int, list[Fact]]]:
+    """n facts per seed, and others (never edited by that seed)."""
+    if n >= len(found):
+        raise DataError(
+            f"{n} edits wanted, the file has {len(found)} records and some are needed as background"
+        )
+    chosen, others = {}, {}
+    for seed in seeds:
+        order = np.random.default_rng(seed).permutation(len(found))
+        chosen[seed] = [found[i] for i in order[:n]]
+        others[seed] = [found[i] for i in order[n:]]
+    return chosen, others
+
+
+def _real(found: Sequence[Fact], n: int, seeds: Sequence[int], n_background: int) -> Streams:
+    from ...corpora.zsre import irrelevant_texts
+
+    chosen, others = _sampled(found, n, seeds)
+    return Streams(chosen, {seed: irrelevant_texts(part)[:n_background] for seed, part in others.items()})
+
+
+def _held_back(streams: Streams, n: int) -> Streams:
+    """The first n facts of every seed; the others are not edited."""
+    facts = {seed: part[:n] for seed, part in streams.facts.items()}
+    others = {seed: part[n:] for seed, part in streams.facts.items()}
+    return dataclasses.replace(streams, facts=facts, others=others)
+
+
+def _generated(world, make, seeds: Sequence[int], n_background: int) -> Streams:
+    facts = {seed: make(seed) for seed in seeds}
+    return Streams(facts, {s: world_background(world, facts[s], n_background, s) for s in seeds}, world)
+
+
+def _world():
+    from ...corpora.world import load_world
+
+    return load_world()
+
+
+def question_streams(
+    corpus: str,
+    n: int,
+    seeds: Sequence[int],
+    *,
+    n_background: int = 100,
+    n_paraphrases: int = 2,
+    n_protected: int = 3,
+    n_same_subject: int = 0,
+    relations: Sequence[str] | None = None,
+) -> Streams:
+    """Short questions: corpus "world" (edits of the companion's world) or "zsre" (the real file, EasyEdit form).
+
+    relations: edited relations of the world (None: all that can be edited).
+    """
+    if corpus == "zsre":
+        from ...corpora import zsre
+
+        return _real(list(zsre.load(form="easyedit")), n, seeds, n_background)
+    if corpus != "world":
+        raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'zsre'")
+    from ...corpora.world.records import edit_facts
+
+    world = _world()
+
+    def make(seed: int) -> list[Fact]:
+        return edit_facts(
+            world, n, seed, relations, n_paraphrases=n_paraphrases, n_neighbors=n_protected, n_locality=n_protected,
+            n_same_subject=n_same_subject,
+        )  # fmt: skip
+
+    return _generated(world, make, seeds, n_background)
+
+
+def hallucination_streams(
+    corpus: str,
+    n: int,
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    n_background: int = 100,
+    per_person: int = 2,
+    n_other: int = 0,
+) -> Streams:
+    """Long prompts: corpus "world" (biographies with new values) or "selfcheck" (the real file).
+
+    n_other: further articles per seed that are not edited, in `Streams.others`. Of the world they are one per person,
+    and no correction is about these people.
+    """
+    from ...corpora import selfcheck
+
+    if corpus == "selfcheck":
+        return _held_back(_real(list(selfcheck.load()), n + n_other, seeds, n_background), n)
+    if corpus != "world":
+        raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'selfcheck'")
+    world = _world()
+
+    def make(seed: int) -> list[Fact]:
+        first = n + (-n) % per_person  # whole people are edited or left alone
+        records = hallucination_records(world, first + n_other * per_person, seed, per_person=per_person)
+        records = records[:n] + records[first::per_person]
+        return as_facts(records, selfcheck.load, Path(folder) / f"selfcheck-{seed}", f"s{seed}-")
+
+    return _held_back(_generated(world, make, seeds, n_background), n)
+
+
+def temporal_streams(
+    corpus: str, n: int, seeds: Sequence[int], folder: Path, *, n_background: int = 100
+) -> Streams:
+    """Facts with a natural text: corpus "world" or "temporal" (the real file)."""
+    from ...corpora import temporal
+
+    if corpus == "temporal":
+        return _real(list(temporal.load()), n, seeds, n_background)
+    if corpus != "world":
+        raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'temporal'")
+    world = _world()
+
+    def make(seed: int) -> list[Fact]:
+        return as_facts(
+            temporal_records(world, n, seed), temporal.load, Path(folder) / f"temporal-{seed}", f"s{seed}-"
+        )
+
+    return _generated(world, make, seeds, n_background)
