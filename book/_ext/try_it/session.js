@@ -6,7 +6,7 @@
   const { halves, Tokenizer, Model, Editor, Statement, cholesky, predict, spearman, represent } = Pocket;
 
   const BATCHES = [1, 5, 10, 20, 50, 100, 150, 300], SPREADS = ["linear_decay", "consecutive", "uniform"];
-  const LAMBDAS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000];
+  const LAMBDAS = [0.1, 1, 3, 10, 30, 50, 100, 200, 300, 500, 1000, 3000];
 
   class Session {
     /* meta: the payload of the build (try_it.py); buffer: its numbers, float16. */
@@ -19,7 +19,7 @@
       this.words = new Set(meta.words);
       const D = meta.config.width, make = (prompt, answer) => new Statement(this.model, this.tokenizer, prompt, answer);
       this.facts = meta.facts.map((f, i) => ({
-        ...f, id: i, key: this.model.text(this.tokenizer.encode(f.prompt)), // the text whose last token is edited
+        ...f, id: i, start: this.tokenizer.encode(f.prompt), key: null, // key: the text whose last token is edited
         z: f.choices.map((_, c) => tensors.z.subarray((i * f.choices.length + c) * D, (i * f.choices.length + c + 1) * D)),
         before: make(f.prompt, f.old), after: f.choices.map((answer) => make(f.prompt, answer)),
         other: f.choices.map((answer) => make(f.paraphrase, answer)),
@@ -27,10 +27,13 @@
       this.untouched = meta.untouched.map(([prompt, answer]) => make(prompt, answer));
       this.settings = { ...meta.settings };
       this.tensors = tensors;
-      this.sofar = null;
     }
-    /* Second moments from their stored factors; the rest of loading. */
+    /* Second moments from their stored factors, and what lies below the edits for every fact: the rest of loading. */
     *prepare() {
+      for (const f of this.facts) {
+        f.key = this.model.text(f.start);
+        yield;
+      }
       const d = this.model.mlp, moments = new Map();
       for (const layer of this.meta.config.sites) {
         const packed = this.tensors[`moment.${layer}`], L = new Float64Array(d * d), C = new Float64Array(d * d);
@@ -59,10 +62,20 @@
       this.probes = null;
       return this.model.changed();
     }
+    /* f() on the weights as loaded. */
+    asTrained(f) {
+      const { model } = this, now = [...model.original.keys()].map((layer) => [layer, model.down(layer).slice()]);
+      model.restore();
+      try {
+        return f();
+      } finally {
+        for (const [layer, W] of now) model.down(layer).set(W);
+      }
+    }
     get locked() {
       return this.written.size > 0; // layers cannot change once keys of some layers are in the history
     }
-    keeps(layers) {
+    keeps() {
       return [...this.written.values()].filter((w) => w.holds).length;
     }
     check(id, choice) {
