@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 import try_it  # noqa: E402
 
+# The colours that the book's theme defines (light).
+THEME = """:root { --pst-color-text-base: #222832; --pst-color-text-muted: #48566b; --pst-color-border: #d1d5da;
+  --pst-color-surface: #f3f4f5; --pst-color-background: #fff; }
+"""
+
 
 @functools.cache
 def standalone() -> Path:
@@ -24,11 +29,13 @@ def standalone() -> Path:
     write_page(root)
     for path in try_it.SOURCES.glob("*.js"):
         shutil.copyfile(path, root / path.name)
-    style = (ROOT / "book" / "_static" / "try_it.css").read_text(encoding="utf-8")
+    style = THEME + "".join(
+        (ROOT / "book" / "_static" / name).read_text(encoding="utf-8") for name in ("companion.css", "try_it.css")
+    )
     panels = "".join(f'<div class="ek-try" data-try="{name}"></div>' for name in try_it.PANELS)
     scripts = "".join(f'<script defer src="{name}"></script>' for name in try_it.SCRIPTS)
     (root / "index.html").write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Try it</title><style>{style}</style>'
+        f'<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Try it</title><style>{style}</style>'
         f"<main>{panels}</main>{scripts}</html>",
         encoding="utf-8",
     )

@@ -42,9 +42,10 @@
     const count = (work) => (function* () { for (const x of work) { bar.value = 80 + (20 * ++done) / (session.facts.length + 40); yield x; } })();
     await drive(count(session.prepare()));
     statusPanel(); askPanel(); editPanel(); streamPanel(); comparePanel(); linkPanel();
+    const asked = fields(location.hash);
     refresh();
-    await open();
-    window.addEventListener("hashchange", () => { if (location.hash.replace("#", "") !== written) open(); });
+    await open(asked);
+    window.addEventListener("hashchange", () => { if (location.hash.replace("#", "") !== written) open(fields(location.hash)); });
     document.documentElement.dataset.try = "ready";
   }
 
@@ -133,8 +134,7 @@
     drawSettings();
     ask(false);
   }
-  async function open() {
-    const wanted = fields(location.hash);
+  async function open(wanted) {
     if (!["do", "set", "ask", "fact", "show"].some((k) => k in wanted)) return;
     if (session.written.size) session.restore();
     session.runs.length = 0;
@@ -262,13 +262,14 @@
     if (question.value !== f.prompt) { question.value = f.prompt; ask(true); }
     expected = null;
   }
+  const small = (x) => (x >= 0.1 ? x.toFixed(2) : x < 1e-5 ? "0" : Number(x.toPrecision(2)).toString());
   function list(rows, by, title) {
     const top = [...rows].sort((a, b) => b[by] - a[by]).slice(0, 8), n = rows.length;
     table.replaceChildren(el("table.ek-try-movers", {}, el("caption", {}, `The eight facts ${title}`),
       el("thead", {}, el("tr", {}, ["fact", "whitened keys", "CLaRE", "moved"].map((t) => el("th", { scope: "col" }, t)))),
       el("tbody", {}, top.map((r) => el("tr", {}, el("td", {}, r.statement.prompt + " ", el("b", {}, r.statement.answer), r.after && r.before.holds && !r.after.holds ? " ✕ lost" : ""),
         el("td.num", {}, `${r.whitenedRank} of ${n}`), el("td.num", {}, `${r.clareRank} of ${n}`),
-        el("td.num", {}, r.moved === null ? "–" : r.moved < 0.001 ? "< 0.001" : r.moved.toFixed(3)))))));
+        el("td.num", {}, r.moved === null ? "–" : small(r.moved)))))));
   }
 
   // ---------------------------------------------------------------- a stream
@@ -290,7 +291,7 @@
       const f = session.facts[i], w = session.written.get(i);
       return `${f.prompt} ${w ? `${f.choices[w.choice]} (was ${f.old}): ${w.holds ? "holds" : "lost"}` : `${f.old}: not edited`}.`;
     };
-    grid = new Grid({ label: "Edits", say });
+    grid = new Grid({ label: "Edits", say, hint: "Point at a sign, or use the arrow keys, to read its fact." });
     guard = new Grid({ label: "Untouched facts", say: (i) => `${session.untouched[i].prompt} ${session.untouched[i].answer}: ${session.lost[i] ? "wrong now" : "right"}.` });
     chart = el("div.ek-try-pair.ek-try-curves", {});
     counted = el("p.ek-try-verdict", { "aria-live": "polite" });
@@ -365,12 +366,15 @@
     };
     places.compare.replaceChildren(el("p.ek-try-buttons", {}, action("Compare one batch with many", go, true)), out);
   }
-  const power = (x) => (x === 0 ? "0" : x.toExponential(1).replace("e", " × 10^").replace("+", ""));
+  const power = (x) => (x === 0 ? "0" : x.toExponential(1).replace(/e\+?(-?)(\d+)/, (_, sign, digits) => ` × 10${sign && "⁻"}${[...digits].map((c) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]).join("")}`));
   function conclusion(rows, s) {
     if (Math.max(...rows.map((r) => r.most)) < 1e-6) return "The two models are the same up to rounding: editing in sequence is editing at once.";
     if (!s.history) return "The two models differ: without history every batch forgets the keys of the batches before it.";
     return "The two models differ although the keys are kept: with two blocks, each batch moves the keys that the next one finds in the second block. With one block they agree.";
   }
 
-  Object.assign(Pocket, { job, idle: true });
+  /* The curves as they stand, for book/_static/try_it_still.svg (tools/try_it_still.py). */
+  const picture = () => Pocket.still([...chart.children], chart.firstChild.getAttribute("aria-label"));
+
+  Object.assign(Pocket, { job, picture, idle: true });
 })(window);

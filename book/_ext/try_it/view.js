@@ -39,13 +39,13 @@
 
   /* A grid of states that the arrow keys walk through; say(i) describes a cell. */
   class Grid {
-    constructor({ label, say }) {
+    constructor({ label, say, hint = "" }) {
       this.say = say;
       this.label = label;
       this.states = [];
       this.drawing = svg("svg", { class: "ek-try-grid", "aria-hidden": "true" });
       this.line = el("p.ek-try-said", { "aria-live": "polite" });
-      this.hint = "Point at a sign, or use the arrow keys, to read its fact.";
+      this.hint = hint;
       this.box = el("div.ek-try-gridbox", { tabindex: 0, role: "group", onkeydown: (e) => this.key(e),
         onpointermove: (e) => this.point(e), onclick: (e) => this.point(e), onblur: () => this.at(null) }, this.drawing);
       this.node = el("div", {}, this.box, this.line);
@@ -98,11 +98,19 @@
 
   // ---------------------------------------------------------------- curves
 
-  const NAMES = { true: "with history", false: "without history" };
-  const runName = (run) => NAMES[run.settings.history] + (run.note ? ` (${run.note})` : "");
+  const NAMES = {
+    history: (x) => (x ? "with history" : "without history"), spread: (x) => ({ linear_decay: "equal shares", consecutive: "orthogonal", uniform: "all to each" })[x],
+    lam: (x) => `λ ${x}`, batch: (x) => `batches of ${x}`, layers: (x) => (x.length > 1 ? "blocks 1, 2" : "block " + x[0]),
+  };
+  /* What a run is called beside another one: the settings in which they differ. */
+  function runName(run, other) {
+    const differs = (key) => other && JSON.stringify(run.settings[key]) !== JSON.stringify(other.settings[key]);
+    const keys = Object.keys(NAMES).filter(differs);
+    return (keys.length ? keys : ["history"]).map((key) => NAMES[key](run.settings[key])).join(", ");
+  }
 
   /* Two panels over the number of edits: share of edits that hold, share of untouched facts still right. The latest
-     run is drawn strong, earlier ones pale; with history solid, without dashed. runs: [{settings, points}]. */
+     run is solid, the one before it dashed, older ones pale. runs: [{settings, points}]. */
   function curves(runs, untouched, most) {
     const wide = 330, high = 190, left = 42, top = 26, bottom = 34, shown = runs.filter((r) => r.points.length).slice(-4);
     const panel = (title, value, offset) => {
@@ -116,21 +124,21 @@
       parts.push(svg("text", { x: x(most / 2), y: high - 3, "text-anchor": "middle" }, "edits written"));
       const taken = [];
       shown.forEach((run, i) => {
-        const latest = i === shown.length - 1 || i >= shown.length - 2;
+        const latest = i >= shown.length - 2;
         const at = run.points.map((p) => [x(p.n), y(value(p))]);
-        const kind = `ek-try-run-${run.settings.history ? "with" : "without"}` + (latest ? "" : " ek-try-old");
+        const newest = i === shown.length - 1, other = shown[shown.length - (newest ? 2 : 1)];
+        const kind = `ek-try-run-${newest ? "new" : "former"}` + (latest ? "" : " ek-try-old");
         parts.push(svg("polyline", { points: at.map((p) => p.join(",")).join(" "), class: kind }));
-        at.forEach(([px, py]) => parts.push(svg(run.settings.history ? "circle" : "rect", run.settings.history
+        at.forEach(([px, py]) => parts.push(svg(newest ? "circle" : "rect", newest
           ? { cx: px, cy: py, r: 2.6, class: kind + " ek-try-dot" }
           : { x: px - 2.4, y: py - 2.4, width: 4.8, height: 4.8, class: kind + " ek-try-dot" })));
         const [ex, ey] = at[at.length - 1];
-        let ly = ey - 7;
-        for (const other of taken) if (Math.abs(other - ly) < 13) ly = other + 13;
-        if (ly < top + 8) ly = ey + 16;
-        for (const other of taken) if (Math.abs(other - ly) < 13) ly = other + 13;
+        let ly = ey + 17; // under its own end, and under the labels that are there already
+        while (taken.some((other) => Math.abs(other - ly) < 14)) ly += 14;
+        if (ly > high - bottom - 4) ly = ey - 9;
         taken.push(ly);
         const end = ex > offset + left + 120;
-        if (latest) parts.push(svg("text", { x: ex, y: ly, "text-anchor": end ? "end" : "start", class: kind + " ek-try-label" }, runName(run)));
+        if (latest) parts.push(svg("text", { x: ex, y: ly, "text-anchor": end ? "end" : "start", class: kind + " ek-try-label" }, runName(run, other)));
       });
       return svg("g", {}, ...parts);
     };
@@ -160,5 +168,24 @@
       : svg("circle", { cx: x(r), cy: y(r), r: 2.6, class: "ek-try-point" }, svg("title", {}, r.statement.prompt))));
   }
 
-  Object.assign(Pocket, { el, svg, percent, Grid, curves, cloud });
+  /* Several drawings side by side as one SVG text with its own colours: a still picture for paper. */
+  function still(drawings, title) {
+    const wide = 330, high = 190, root = svg("svg", { xmlns: SVG, viewBox: `0 0 ${wide * drawings.length} ${high}`, role: "img" },
+      svg("title", {}, title), svg("rect", { width: "100%", height: "100%", fill: "#fff" }));
+    const names = ["fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "font-size", "font-weight", "paint-order"];
+    drawings.forEach((drawing, i) => {
+      const copy = drawing.firstChild.cloneNode(true), from = drawing.querySelectorAll("g *"), to = copy.querySelectorAll("*");
+      to.forEach((node, k) => {
+        const seen = getComputedStyle(from[k]);
+        node.removeAttribute("class");
+        node.setAttribute("style", names.map((n) => `${n}: ${seen.getPropertyValue(n)}`).join("; "));
+      });
+      copy.setAttribute("transform", `translate(${i * wide} 0)`);
+      root.append(copy);
+    });
+    root.setAttribute("font-family", "sans-serif");
+    return new XMLSerializer().serializeToString(root) + "\n";
+  }
+
+  Object.assign(Pocket, { still, el, svg, percent, Grid, curves, cloud });
 })(window);
