@@ -44,6 +44,8 @@ def standalone() -> Path:
 
 def open_page(browser, state: str = "", **options) -> None:
     """Open the page and wait until the model is there and the link's edits are done."""
+    browser.call("Page.navigate", url="about:blank")  # another fragment alone would load nothing
+    browser.evaluate("new Promise(done => setTimeout(done, 200))")
     browser.open(standalone(), fragment=f"#{state}" if state else "", **options)
     wait(browser)
 

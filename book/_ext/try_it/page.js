@@ -136,6 +136,7 @@
   }
   async function open(wanted) {
     if (!["do", "set", "ask", "fact", "show"].some((k) => k in wanted)) return;
+    if (busy) return tell("The page is at work. Press Stop, then open the link again.");
     if (session.written.size) session.restore();
     session.runs.length = 0;
     session.ops = [];

@@ -133,7 +133,9 @@
           ? { cx: px, cy: py, r: 2.6, class: kind + " ek-try-dot" }
           : { x: px - 2.4, y: py - 2.4, width: 4.8, height: 4.8, class: kind + " ek-try-dot" })));
         const [ex, ey] = at[at.length - 1];
-        let ly = ey + 17; // under its own end, and under the labels that are there already
+        // Under all lines near its end, and under the labels that are there already.
+        const near = shown.flatMap((r) => r.points.map((q) => [x(q.n), y(value(q))]));
+        let ly = Math.max(...near.filter(([qx, qy]) => qx > ex - 110 && Math.abs(qy - ey) < 26).map((q) => q[1])) + 17;
         while (taken.some((other) => Math.abs(other - ly) < 14)) ly += 14;
         if (ly > high - bottom - 4) ly = ey - 9;
         taken.push(ly);
