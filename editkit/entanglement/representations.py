@@ -73,7 +73,7 @@ def _prompts(facts: Sequence[Fact | tuple[str, str]], token: str, with_answer: b
     without = [i for i, f in enumerate(facts) if not isinstance(f, Fact)]
     if without:
         raise RequestError(f"fact {without[0]} has no answer: with_answer needs editkit.Fact objects")
-    return [(f"{f.prompt} {f.target.strip()}", f.subject) for f in facts]
+    return [(f.located[0] + f.target_text, f.located[1]) for f in facts]
 
 
 def _module(lm: LM, layer: int, module: str) -> tuple[str, bool]:

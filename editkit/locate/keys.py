@@ -36,7 +36,7 @@ class States:
 
 def as_pairs(prompts: Iterable[Prompt]) -> list[tuple[str, str]]:
     """(template, subject) of facts; pairs pass through."""
-    return [(p.prompt, p.subject) if isinstance(p, Fact) else p for p in prompts]
+    return [p.located if isinstance(p, Fact) else p for p in prompts]
 
 
 @torch.no_grad()

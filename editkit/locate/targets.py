@@ -25,9 +25,11 @@ from ..base.cached import found_or_made
 from ..base.config import Config, option
 from ..base.errors import NumericsError, RequestError
 from ..base.progress import bar
+from ..models.answers import log_probs_of, logits_of, pad_rows, split_tokens
 from ..models.batching import Encoding, by_length
-from ..models.facts import Fact, validate_fact
+from ..models.facts import SLOT, Fact, as_facts
 from ..models.hooks import frozen, trace
+from ..models.joining import marked
 from ..models.lm import LM
 from ..models.lookup import Where, check_where, find_spans
 from .contexts import ContextTemplates
@@ -134,28 +136,29 @@ def encode_targets(
     token: Where = "subject_last",
     kl_prompt: str | None = None,
 ) -> TargetRows:
-    """Tokenize prompt and target as one text; by character offsets a token is the target's if it ends behind
-    the prompt. The last target token is predicted but never read, so it is masked like padding.
+    """Prompts in all contexts with their targets, tokenised by `models.answers.split_tokens`. The last target token
+    is predicted but never read, so it is masked like padding.
 
     With `kl_prompt` each fact gets one more row, without a target. Raises RequestError naming prompt and
     subject.
     """
-    pairs, cuts = [], []
+    prompts: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str] | None] = []
     for fact in facts:
-        for filled in contexts.fill(fact.prompt):
-            pairs.append((f"{filled} {fact.target.strip()}", fact.subject))
-            # Characters of the filled prompt; the slot itself has two.
-            cuts.append(len(filled) - 2 + len(fact.subject))
+        template, subject = fact.located
+        answer = marked(fact.target, fact.target_text.startswith(" "))  # the same in every context
+        for filled in contexts.fill(template):
+            prompts.append((filled, subject))
+            pairs.append((filled.replace(SLOT, subject), answer))
         if kl_prompt is not None:
-            pairs.append((kl_prompt, fact.subject))
-            cuts.append(-1)
-    encoding, first, last = find_spans(lm, pairs)
-    begin, end = encoding.offsets.unbind(-1)
-    cut = torch.tensor(cuts, device=end.device)[:, None]
-    text = (end > begin) & encoding.attention_mask.bool()
-    target = text & (end > cut) & (cut >= 0)
-    columns = torch.arange(text.shape[1], device=text.device)
-    prompt_last = torch.where(text & ~target, columns, -1).amax(-1)
+            prompts.append((kl_prompt, fact.subject))
+            pairs.append(None)
+    encoding, first, last = find_spans(lm, prompts)
+    split = iter(split_tokens(lm, [pair for pair in pairs if pair]))
+    own = [row[keep].tolist() for row, keep in zip(encoding.input_ids, encoding.attention_mask.bool(), strict=True)]
+    rows = [(ids, len(ids)) if pair is None else next(split) for pair, ids in zip(pairs, own, strict=True)]
+    device = last.device
+    prompt_last = torch.tensor([start - 1 for _, start in rows], device=device)
     where = {
         "subject_last": last, "subject_first": first, "subject_first_after": last + 1, "last": prompt_last,
     }[token]  # fmt: skip
@@ -163,36 +166,27 @@ def encode_targets(
     if token in ("last", "subject_first_after"):
         # Such a token carries the relation of its own prompt; drift of the subject is measured at the
         # subject.
-        kl_row = (cut < 0)[:, 0]
-        where = torch.where(kl_row, last, where)
+        where = torch.where(torch.tensor([pair is None for pair in pairs], device=device), last, where)
     bad = where > prompt_last
     if bad.any():
-        template, subject = pairs[int(bad.nonzero()[0])]
+        template, subject = prompts[int(bad.nonzero()[0])]
         raise RequestError(
             f"nothing follows the subject {subject!r} in the prompt {template!r} before its target; "
             "use the lookup token 'subject_last', or a template with text after its slot"
         )
-    found: list[list[int]] = [[] for _ in pairs]
-    for row, column in target.nonzero().tolist():
-        found[row].append(column)
-    ids = encoding.input_ids.tolist()
     places: list[list[list[int]]] = [[] for _ in facts]
-    stop = encoding.lengths.tolist()
-    for i, cols in enumerate(found):
+    stops = []
+    for i, (ids, start) in enumerate(rows):
         fact, row = divmod(i, per_fact)
-        if cuts[i] < 0:
-            continue
-        if not cols or cols[0] == 0:
-            raise RequestError(
-                f"the tokenizer of {lm.name} gives no token to the target {facts[fact].target!r} behind "
-                f"{facts[fact].text!r}; write the target differently"
-            )
-        places[fact] += [[row, c - 1, ids[i][c]] for c in cols]
-        stop[i] = cols[-1]
-    encoding["attention_mask"] = (columns < torch.tensor(stop, device=columns.device)[:, None]).long()
-    lengths = encoding.attention_mask.sum(-1).reshape(len(facts), per_fact).amax(-1).tolist()
+        places[fact] += [[row, c - 1, ids[c]] for c in range(start, len(ids))]
+        stops.append(len(ids) - (pairs[i] is not None))
+    tensors = pad_rows(lm, [ids for ids, _ in rows], "right")
+    columns = torch.arange(tensors["input_ids"].shape[1], device=device)
+    tensors["attention_mask"] = (columns < torch.tensor(stops, device=device)[:, None]).long()
+    encoding = Encoding(tensors, [text for text, _ in prompts], None, "right")
+    lengths = torch.tensor(stops).reshape(len(facts), per_fact).amax(-1).tolist()
     positions = where.reshape(len(facts), per_fact)
-    return TargetRows(encoding, positions, lengths, [torch.tensor(p, device=last.device) for p in places])
+    return TargetRows(encoding, positions, lengths, [torch.tensor(p, device=device) for p in places])
 
 
 def _evaluate(
@@ -216,13 +210,8 @@ def _evaluate(
     with trace(lm.model, {read, end}, edit={edited: add}, stop_at=end) as seen:
         inputs.forward(lm) if isinstance(inputs, Replay) else lm.forward(inputs)
 
-    def log_probs(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        logits = lm.head(states[rows.to(states.device), cols.to(states.device)])
-        return log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-
-    fact, row, column, token = places.unbind(-1)
-    said = log_probs(seen.output[read], row, column)
-    said = said.gather(-1, token.to(said.device)[:, None])[:, 0].to(delta.device)
+    fact, row = places[:, 0], places[:, 1]
+    said = log_probs_of(lm, seen.output[read], places[:, 1:]).to(delta.device)
     # Mean over a row's target tokens, then over the contexts; every row of a fact has the same target, but a
     # tokenizer may cut it differently behind different texts.
     per_row = torch.zeros(n * n_rows, dtype=delta.dtype, device=delta.device).index_add(
@@ -234,7 +223,8 @@ def _evaluate(
 
     if cfg.kl_factor:
         kl_rows = torch.arange(n_rows - 1, n * n_rows, n_rows, device=columns.device)
-        now = log_probs(seen.output[end], kl_rows, columns[kl_rows])
+        states = seen.output[end]
+        now = log_softmax(logits_of(lm, states[kl_rows.to(states.device), columns[kl_rows].to(states.device)]), -1)
         then = start.setdefault("kl", now.detach())
         p, q = (now, then) if cfg.kl_direction == "edited_original" else (then, now)
         kl = cfg.kl_factor * (p.exp() * (p - q)).sum(-1).to(device=delta.device, dtype=delta.dtype)
@@ -346,19 +336,15 @@ def optimize_targets(
 
     Raises RequestError (subject, slot, target), ModelError (layer), NumericsError (loss NaN or Inf).
     """
-    cfg, facts = TargetConfig.make(cfg), list(facts)
+    cfg, facts = TargetConfig.make(cfg), as_facts(facts, "optimise targets for")
     check_where(token)
-    if not facts:
-        raise RequestError("no facts to optimise targets for: the list is empty")
-    for i, fact in enumerate(facts):
-        validate_fact(fact, i)
     layer = lm.check_layer(layer)
     contexts = ContextTemplates.of(contexts)
     if cache_dir is None:
         return _optimize_all(lm, facts, layer, cfg, contexts, token, module)
     content = {
         "format": "editkit-targets-1", "fingerprint": lm.fingerprint(), "tokenizer": tokenizer_hash(lm),
-        "facts": [[fact.prompt, fact.subject, fact.target] for fact in facts], "contexts": contexts.groups,
+        "facts": [fact.request for fact in facts], "contexts": contexts.groups,
         "place": [layer, module, token], "options": cfg.to_dict(),
     }  # fmt: skip
     found = found_or_made(

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.errors import EditkitError, ModelError, NumericsError, RequestError
 from .architectures import ARCHITECTURES, ArchSpec
-from .batching import Encoding
+from .batching import Encoding, padded, token_rows
 from .hooks import hidden, submodule
 from .preflight import check_config, check_source
 
@@ -199,8 +199,8 @@ class LM:
     ) -> Encoding:
         """Tokenize and pad a batch, on the device of the embedding.
 
-        position_ids count real tokens only, so that left padding gives the same results as right padding also
-        with absolute positions. max_length truncates on the right; without it nothing is ever cut.
+        Special tokens as in `batching.token_rows`. max_length truncates on the right; without it nothing is ever
+        cut.
         Raises RequestError for an empty batch, a text without tokens, or one longer than the model allows.
         """
         if padding_side not in ("left", "right"):
@@ -211,38 +211,21 @@ class LM:
             )
         if not texts:
             raise RequestError("no texts to encode: the list is empty")
-        fast = bool(getattr(self.tokenizer, "is_fast", False))
-        raw = self.tokenizer(
-            list(texts),
-            add_special_tokens=add_special_tokens,
-            padding=False,
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_offsets_mapping=fast,
-            return_attention_mask=False,
-            verbose=False,
+        rows, spans = token_rows(
+            self.tokenizer, texts, add_special_tokens=add_special_tokens, max_length=max_length
         )
-        rows = raw["input_ids"]
-        width = max(map(len, rows))
-        limit = self.max_tokens
         for text, row in zip(texts, rows, strict=True):
             if not row:
                 raise RequestError(f"the text {text!r} has no tokens; give a non-empty text")
-            if limit is not None and len(row) > limit:
+            if self.max_tokens is not None and len(row) > self.max_tokens:
                 raise RequestError(
-                    f"a text has {len(row)} tokens, {self.name} allows {limit}: {text[:80]!r}..."
+                    f"a text has {len(row)} tokens, {self.name} allows {self.max_tokens}: {text[:80]!r}..."
                 )
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        offsets = torch.zeros(len(rows), width, 2, dtype=torch.long) if fast else None
-        for i, row in enumerate(rows):
-            columns = slice(width - len(row), width) if padding_side == "left" else slice(0, len(row))
-            ids[i, columns] = torch.tensor(row)
-            mask[i, columns] = 1
-            if fast:
-                offsets[i, columns] = torch.tensor(raw["offset_mapping"][i])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        tensors = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        tensors = padded(rows, self.tokenizer.pad_token_id, padding_side)
+        offsets = None
+        if spans is not None:
+            offsets = torch.zeros(*tensors["input_ids"].shape, 2, dtype=torch.long)
+            offsets[tensors["attention_mask"].bool()] = torch.tensor([x for row in spans for x in row])
         return Encoding(tensors, texts, offsets, padding_side).to(self.device())
 
     def forward(self, encoding: Encoding, **kwargs):

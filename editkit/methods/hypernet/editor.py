@@ -86,7 +86,7 @@ class HyperEditor(Editor):
     @torch.no_grad()
     def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
         net = self.net
-        rows = self.rows([(f.text, f.target) for f in facts])
+        rows = self.rows([f.pair for f in facts])
         plan = net.plan(rows)
         self._broken = True
         for i, (site, shift) in enumerate(zip(net.sites, plan.shifts, strict=True)):
