@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
+from ..base.paths import file_to_read, user_path
 from ..models.facts import SLOT
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def read(
         raise DataError(f"on_error={on_error!r}; use 'raise' or 'skip'")
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}; use a positive number of records, or None for all")
-    path = Path(path)
+    path = user_path(path)
     rows, sha256 = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path.name}: expected a JSON list of records, got {_kind(rows)}")
@@ -231,7 +232,7 @@ def read(
 def read_json(path: Path) -> tuple[Any, str]:
     """(parsed content, sha256 of the bytes) of a .json or .jsonl file. Raises DataError."""
     try:
-        raw = path.read_bytes()
+        raw = file_to_read(path).read_bytes()
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror or error}; give the path of an existing file"

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from ..base.cached import content_key, locked
 from ..base.errors import ConfigError, DataError, NumericsError
+from ..base.paths import file_to_read, user_path, written
 from ..base.progress import bar
 from ..models.batching import by_length
 from ..models.hooks import trace
@@ -77,27 +77,20 @@ class Covariance:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write as safetensors (tensor "C", float64; n and provenance as metadata), whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": _FORMAT,
             "n": str(self.n),
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
+        with written(path) as part:
             save_file({"C": self.C.cpu().contiguous()}, part, metadata=meta)
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-        return path
+        return user_path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Covariance:
         """Read what `save` wrote; raises DataError naming the file otherwise."""
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safe_open(str(file_to_read(path, "the second moment")), framework="pt") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != _FORMAT:
                     raise DataError(f"{path} is not a second moment saved by editkit; recompute it")
@@ -147,7 +140,7 @@ def _provenance(
 
 def _cache_path(cache_dir: str | os.PathLike, provenance: dict, layer: int) -> Path:
     content = {k: v for k, v in provenance.items() if k != "model"} | {"layer": layer}
-    return Path(cache_dir) / f"second_moment_layer{layer}_{content_key(content)}.safetensors"
+    return user_path(cache_dir) / f"second_moment_layer{layer}_{content_key(content)}.safetensors"
 
 
 def second_moment(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from ..locate.contexts import ContextTemplates
 from ..locate.moments import Covariance
 from ..models.capacity import memory_plan
 from ..models.facts import Fact, validate_facts
+from ..models.hooks import check_gradients
 from ..models.lm import LM
 from .delta import Delta, carries, cast_loss, describe_facts, snapshot, write
 
@@ -106,14 +107,15 @@ class Editor(ABC):
 
     # --- what a user calls ----------------------------------------------------------------------------------
 
-    def edit(self, facts: Sequence[Fact]) -> Delta:
-        """Write a batch of facts into the model and return the change.
+    def edit(self, facts: Fact | Iterable[Fact]) -> Delta:
+        """Write a batch of facts (one fact, or any iterable) into the model and return the change.
 
         The model keeps the edit; `restore()`, or `delta.restore(lm)` for the last edit only, takes it back.
         If the edit fails, the weights are as before.
 
         Raises RequestError for malformed, duplicate or contradictory facts.
         """
+        check_gradients(self.lm.model)
         facts = validate_facts(facts)
         if self._broken:
             raise ConfigError(
@@ -127,6 +129,7 @@ class Editor(ABC):
             )
         names = self.parameter_names()
         before = {name: value.cpu() for name, value in snapshot(self.lm, names).items()}
+        self.lm.remember(names)
         self._check_masters()
         masters = dict(self._masters)
         try:
@@ -153,9 +156,18 @@ class Editor(ABC):
         config = self.config.to_dict()
         return Delta(before, after, self.name, config, describe_facts(facts), self._fingerprint(), metadata)
 
-    def restore(self) -> None:
-        """Put the weights back to what they were before this editor's first edit, bit for bit, and forget."""
-        if self._start is not None:
+    def restore(self, *, force: bool = False) -> None:
+        """Put the weights back to what they were before this editor's first edit, bit for bit, and forget.
+
+        Raises ModelError if they have changed since its last edit (unless `force`): putting them back would wipe
+        what others wrote, and their restore would bring back half of it.
+        """
+        if self._start is not None and not carries(self.lm, self._start):
+            if not force and not carries(self.lm, self._last):
+                raise ModelError(
+                    f"the weights of {self.lm.name} have changed since this {self.name} editor's last edit; restore "
+                    "the later edits first (newest first), or overwrite them: restore(force=True)"
+                )
             write(self.lm, self._start)
         self._reset()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Collection, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -49,6 +50,7 @@ class LM:
         self.model = model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)
         self.name = _short_name(name or getattr(model.config, "_name_or_path", "")) or type(model).__name__
+        self._unedited: dict[str, str] = {}
         self._check()
         self._set_pad_token()
 
@@ -170,6 +172,16 @@ class LM:
         with torch.no_grad():
             weight.copy_(self.to_matrix(W))
 
+    def remember(self, names: Collection[str]) -> None:
+        """Keep hashes of parameters before their first edit, so that `edited` can tell whether they carry one."""
+        for name in names:
+            if name not in self._unedited:
+                self._unedited[name] = _hash(self.parameter(name))
+
+    def edited(self) -> list[str]:
+        """Parameters that differ from what they were before their first edit through this object."""
+        return [name for name, value in self._unedited.items() if _hash(self.parameter(name)) != value]
+
     def fingerprint(self, exclude: Collection[str] = ()) -> str:
         """sha256 (hex) over architecture, parameter names, shapes, dtypes and values; not of `exclude`.
 
@@ -183,8 +195,7 @@ class LM:
             if name in exclude:
                 continue
             digest.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
-            flat = param.detach().reshape(-1).contiguous().cpu()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(_bytes(param))
         return digest.hexdigest()
 
     # --- text and forward passes ----------------------------------------------------------------------------
@@ -301,6 +312,14 @@ class LM:
             )
 
 
+def _bytes(value: Tensor):
+    return value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+
+
+def _hash(value: Tensor) -> str:
+    return hashlib.sha256(_bytes(value)).hexdigest()
+
+
 def _short_name(source: str) -> str:
     """Hub names stay; of a local directory only the last part: results must not hold machine paths."""
     path = Path(source)
@@ -315,7 +334,7 @@ def _find_spec(model: PreTrainedModel) -> ArchSpec:
 
 
 def load_lm(
-    model: str | PreTrainedModel,
+    model: str | os.PathLike | PreTrainedModel,
     tokenizer=None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -335,7 +354,7 @@ def load_lm(
 
     Raises ModelError naming the fix.
     """
-    source = model if isinstance(model, PreTrainedModel) else str(model)
+    source = model if isinstance(model, PreTrainedModel) else os.path.expanduser(os.fspath(model))
     if isinstance(source, str):
         check_source(source, dtype or torch.float32, spec, **kwargs)
         try:
@@ -355,8 +374,8 @@ def load_lm(
         tokenizer = source if isinstance(source, str) else getattr(model.config, "_name_or_path", "")
         if not tokenizer:
             raise ModelError("the model object does not say where it was loaded from; pass tokenizer=...")
-    if isinstance(tokenizer, str):
-        where = tokenizer
+    if isinstance(tokenizer, (str, os.PathLike)):
+        where = os.path.expanduser(os.fspath(tokenizer))
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError, KeyError) as error:

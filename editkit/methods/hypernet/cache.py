@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...base.errors import DataError, NumericsError, RequestError
+from ...base.paths import user_path
 from ...models.hooks import frozen, trace
 from ...models.lm import LM
 from .data import IGNORED, Pair, Tokens, TupleBatch, encode_pairs
@@ -158,7 +159,7 @@ class RowFiles:
         folder: str | os.PathLike,
     ) -> None:
         self.lm, self.sites, self.batch_size, self.tokens = lm, tuple(sites), batch_size, tokens
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         foreign = [p.name for p in self.folder.iterdir() if not p.name.startswith("rows-")]
         if foreign:

@@ -13,6 +13,7 @@ from scipy import stats
 
 from ...base.config import check_known
 from ...base.errors import DataError
+from ...base.paths import user_path
 from ...corpora import clare
 from ...corpora.world import World, edit_facts, load_world
 from ...corpora.world.consequences import changes
@@ -91,7 +92,7 @@ def open_setting(
     editors. Raises DataError for a model without preset and options.
     """
     lm = testbed.open_model(model)
-    world = load_world(model if (Path(model) / "world.json").exists() else None)
+    world = load_world(model if (user_path(model) / "world.json").exists() else None)
     given = dict(options or {})
     found = {}
     for name in ("memit", "alphaedit", "rome"):

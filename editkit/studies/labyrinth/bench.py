@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...base.config import check_known
 from ...base.errors import ConfigError, DataError
+from ...base.paths import user_path
 from ...base.progress import bar
 from ...corpora.world import World
 from ...locate.contexts import ContextTemplates, sample_contexts
@@ -199,7 +200,7 @@ def open_bench(
     from .. import testbed
 
     lm = testbed.open_model(model)
-    world = load_world(model if (Path(model) / "world.json").exists() else None)
+    world = load_world(model if (user_path(model) / "world.json").exists() else None)
     chosen, alphaedit = _options(testbed, lm, dict(options or {}))
     facts, bystanders = _facts(world, corpus, n, seed, n_paraphrases, protected, n_bystanders)
     statistics = testbed.statistics(lm, world, chosen["layers"], cache_dir, max_texts=max_texts)
@@ -207,7 +208,7 @@ def open_bench(
     contexts = sample_contexts(lm, number, chosen.get("context_length", 10), chosen.get("seed", 0))
     return Bench(
         lm, world, corpus, facts, chosen, alphaedit, statistics, contexts, lm.fingerprint(),
-        None if cache_dir is None else Path(cache_dir), {}, bystanders,
+        None if cache_dir is None else user_path(cache_dir), {}, bystanders,
     )  # fmt: skip
 
 

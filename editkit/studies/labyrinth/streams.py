@@ -15,6 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from ...base.errors import ConfigError, DataError
+from ...base.paths import written
 from ...locate.contexts import ContextTemplates
 from ...locate.keys import compute_keys
 from ...methods import Editor
@@ -57,9 +58,8 @@ class Keep:
         former = json.loads(self.index.read_text())["state"] if self.index.exists() else None
         state = f"{self.name}-{done}.safetensors"
         editor.save(self.folder / state)
-        part = self.index.with_suffix(".part")
-        part.write_text(json.dumps({"done": done, "state": state, "notes": notes}))
-        part.replace(self.index)
+        with written(self.index) as part:
+            part.write_text(json.dumps({"done": done, "state": state, "notes": notes}))
         if former not in (None, state):
             (self.folder / former).unlink(missing_ok=True)
 
