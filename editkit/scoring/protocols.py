@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -24,6 +25,7 @@ from ..base.errors import ConfigError, RequestError
 from ..models.facts import Fact
 from ..models.joining import stem
 from ..models.lm import LM
+from ..models.prompts import readers
 from .engine import TOKEN_BUDGET, PaddingSide, Pair, score_targets, split_tokens
 from .generation import generate
 from .probes import KEEP_AXES, Item, expand
@@ -52,10 +54,13 @@ class Baseline:
         cls, lm: LM, facts: Sequence[Fact], axes: Sequence[str] | None = None, *,
         protocols: Sequence[str] = ("easyedit",), **options,
     ) -> Baseline:  # fmt: skip
-        """Read the model as it is now. protocols: those that will use it, "easyedit" and/or "generate".
+        """Read the model as it is now (a warning says if it carries edits).
+
+        protocols: those that will use it, "easyedit" and/or "generate".
 
         options: batch_size, token_budget, padding_side, whole_texts as in `score`.
         """
+        note_edits(lm)
         pairs = list(dict.fromkeys(x.pair(x.answer) for x in expand(facts, axes)))
         reader = _Reader(lm, **options)
         argmax = {}
@@ -91,6 +96,19 @@ class _Reader:
         )  # fmt: skip
         text = {pair: g.text.strip() for pair, g in zip(unique, made, strict=True)}
         return [text[p] for p in pairs]
+
+
+def note_edits(lm: LM) -> None:
+    """Warn that what is measured as "before" is an edited model."""
+    edited = lm.edited()
+    what = [f"edited weights ({', '.join(edited[:3])}{', ...' if edited[3:] else ''})"] * bool(edited)
+    what += ["an attached memory"] * bool(readers(lm))
+    if what:
+        warnings.warn(
+            f"{lm.name} carries {' and '.join(what)}: scores 'before' and what must not change are measured against "
+            "the edited model; restore() first to compare with the unedited one",
+            stacklevel=3,
+        )
 
 
 def says(text: str, answer: str, match: Match = "exact") -> bool:
