@@ -32,7 +32,7 @@ def test_apply_and_restore_are_bit_exact(any_lm):
     delta = make_delta(any_lm)
     for _ in range(2):
         assert delta.apply(any_lm) is delta
-        with pytest.raises(ModelError, match="carries this test edit already; restore.*on_top=True"):
+        with pytest.raises(ModelError, match=r"carries this test edit already; restore.*on_top=True"):
             delta.apply(any_lm)
         for name in delta.names:
             assert torch.equal(any_lm.parameter(name), delta.after[name])

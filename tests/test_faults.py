@@ -60,10 +60,10 @@ def test_one_fact_and_any_iterable_are_edited(facts):
 def test_anything_else_is_refused(given):
     lm = make_lm()
     for editor in (quick_editor("ft", lm), make_editor("in_context", lm)):
-        with pytest.raises(RequestError, match="editkit.Fact"):
+        with pytest.raises(RequestError, match=r"editkit.Fact"):
             editor.edit(given)
     for use in (lambda: score(lm, given), lambda: optimize_targets(lm, given, 1), lambda: Baseline.of(lm, given)):
-        with pytest.raises(RequestError, match="editkit.Fact"):
+        with pytest.raises(RequestError, match=r"editkit.Fact"):
             use()
 
 

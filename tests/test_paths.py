@@ -111,7 +111,7 @@ def test_folders_and_models(home, facts):
     (home / "taken").write_text("")
     with pytest.raises(DataError, match="taken is a file"):
         second_moment(lm, [0], ["Ana Silva speaks French"], cache_dir=home / "taken")
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         load_lm("~/cache")
     with pytest.raises(DataError):
         EntanglementGraph.open("~/none")

@@ -205,12 +205,6 @@ class Editor(ABC):
         contexts = None if meta["contexts"] is None else ContextTemplates.of(meta["contexts"])
         if self.contexts is not None and contexts is not None and self.contexts != contexts:
             raise ConfigError("the saved stream used other context templates; pass the same, or none")
-        saved = meta.get("statistics", {})
-        differ = [i for i, c in self.statistics.items() if saved.get(str(i), c.identity) != c.identity]
-        self._refuse_unless_forced(
-            "the saved stream used other second moments", [f"that of layer {i} differs" for i in differ],
-            "pass the same statistics (model, texts, number of tokens)",
-        )  # fmt: skip
         parts: dict[str, dict[str, Tensor]] = {"history": {}, "start": {}, "now": {}, "master": {}}
         for key, value in tensors.items():
             part, _, name = key.partition(":")
@@ -223,6 +217,12 @@ class Editor(ABC):
                 f"the saved history belongs to another model than {self.lm.name}, or the model carries other "
                 "edits; load the model the stream was started on"
             )
+        saved = meta.get("statistics", {})
+        differ = [i for i, c in self.statistics.items() if saved.get(str(i), c.identity) != c.identity]
+        self._refuse_unless_forced(
+            "the saved stream used other second moments", [f"that of layer {i} differs" for i in differ],
+            "pass the same statistics (model, texts, number of tokens)",
+        )  # fmt: skip
         self._reset()
         self.contexts = contexts or self.contexts
         self.load_history(meta["history"], parts["history"])
