@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..base.errors import RequestError
 from .joining import gap, join, marked, stem
@@ -242,12 +242,22 @@ def _named(facts: Sequence[Fact], i: int) -> str:
     return f"{i} ({', '.join(about)})" if about else str(i)
 
 
+def ambiguous(facts: Sequence[Fact]) -> list[tuple[int, int]]:
+    """Index pairs (i, j), i < j, with one text but different objects, new or true: two things of one name."""
+    return _pairs(facts, lambda f: (f.target.strip(), f.target_true))
+
+
 def conflicts(facts: Sequence[Fact]) -> list[tuple[int, int]]:
     """Index pairs (i, j), i < j, with one text but different targets."""
+    return _pairs(facts, lambda f: f.target.strip())
+
+
+def _pairs(facts: Sequence[Fact], said: Callable[[Fact], object]) -> list[tuple[int, int]]:
+    """Index pairs (i, j), i < j, of facts with one text of which different things are said."""
     first: dict[str, list[int]] = {}
     pairs = []
     for j, fact in enumerate(facts):
         group = first.setdefault(asked(fact), [])
-        pairs += [(i, j) for i in group if facts[i].target.strip() != fact.target.strip()]
+        pairs += [(i, j) for i in group if said(facts[i]) != said(fact)]
         group.append(j)
     return pairs
