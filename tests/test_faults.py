@@ -12,11 +12,13 @@ from conftest import make_lm
 
 from editkit.base.errors import ModelError, NumericsError, RequestError
 from editkit.linear.normal import null_projector
+from editkit.locate.keys import compute_keys
 from editkit.locate.moments import Covariance, second_moment
 from editkit.locate.targets import optimize_targets
 from editkit.methods import make_editor
 from editkit.models.facts import Fact, conflicts, validate_facts
 from editkit.models.lm import LM
+from editkit.scoring.engine import next_tokens
 from editkit.scoring.evaluate import evaluate
 from editkit.scoring.protocols import Baseline, score
 from editkit.scoring.text import perplexity
@@ -222,3 +224,15 @@ def test_alphaedit_and_latest_say_so(facts):
     lm = make_lm("llama")
     with pytest.warns(UserWarning, match="nothing is protected"):
         quick_editor("alphaedit", lm, threshold=1e9).edit(facts[:1])
+
+
+def test_prompts_and_candidates_are_checked_too(facts):
+    lm = make_lm()
+    assert compute_keys(lm, facts[0], 1).shape == (24, 1)
+    for given in ("The {} is", [("The {} is",)], [3], 3):
+        with pytest.raises(RequestError, match="pair"):
+            compute_keys(lm, given, 1)
+    with pytest.raises(RequestError, match="give a list"):
+        score(lm, facts, "multiple_choice", candidates={"(efficacy)": "French"})
+    with pytest.raises(RequestError, match="give a list"):
+        next_tokens(lm, "one prompt")

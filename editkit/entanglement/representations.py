@@ -43,7 +43,7 @@ def check_facts(facts: Iterable[Fact | tuple[str, str]]) -> list[Fact | tuple[st
 
     Raises RequestError for an empty list, a missing slot, subject or target, or a fact given twice.
     """
-    facts = list(facts)
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
     if not facts:
         raise RequestError("no facts: the list is empty")
     seen: dict[tuple, int] = {}

@@ -365,6 +365,8 @@ def make_editor(
     cls = EDITORS[name]
     if background is not None and issubclass(cls, Editor):
         raise ConfigError(f"{name} changes weights and takes no background texts; pass statistics=...")
+    if force and not issubclass(cls, Editor):
+        raise ConfigError(f"{name} uses no statistics and no hypernetwork, so there is nothing to force")
     more: dict[str, Any] = {} if background is None else {"background": background}
     if issubclass(cls, Editor):
         more |= {"cache_dir": cache_dir, "force": force}

@@ -18,6 +18,7 @@ from ..base.errors import ConfigError
 from ..base.progress import bar
 from ..models.answers import Pair, pad_rows, prompt_tokens, split_tokens
 from ..models.batching import PaddingSide
+from ..models.facts import as_texts
 from ..models.lm import LM
 from ..models.prompts import prompts as prompts_end
 from ..models.prompts import readers
@@ -157,7 +158,7 @@ def next_tokens(
     lm: LM, prompts: Sequence[str], *, batch_size: int | None = None, token_budget: int = TOKEN_BUDGET
 ) -> list[int]:
     """The most likely next token after each prompt."""
-    unique = list(dict.fromkeys(prompts))
+    unique = list(dict.fromkeys(as_texts(prompts, "prompts")))
     rows = prompt_tokens(lm, unique)
     result: dict[str, int] = {}
     for batch in batches([len(r) for r in rows], batch_size, token_budget):

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import ConfigError, RequestError
-from ..models.facts import Fact
+from ..models.facts import Fact, as_texts
 from ..models.joining import stem
 from ..models.lm import LM
 from ..models.prompts import readers
@@ -278,7 +278,7 @@ def _multiple_choice(
     reader: _Reader, items: Sequence[Item], candidates: Mapping[str, Sequence[str]] | None,
     max_candidates: int | None, seed: int,
 ) -> list[dict]:  # fmt: skip
-    pools = {**candidate_pools(items), **{k: list(v) for k, v in (candidates or {}).items()}}
+    pools = {**candidate_pools(items), **{k: as_texts(v, f"candidates[{k!r}]") for k, v in (candidates or {}).items()}}
     rng = np.random.default_rng(seed)
     order = {k: [v[i] for i in rng.permutation(len(v))] for k, v in sorted(pools.items())}
     choices = []

@@ -16,7 +16,7 @@ import torch
 from ..base.errors import ConfigError, DataError, RequestError
 from ..base.progress import bar
 from ..models.batching import token_rows
-from ..models.facts import Fact, as_texts
+from ..models.facts import Fact, as_facts, as_texts
 from ..models.lm import LM
 from ..models.prompts import readers
 from .engine import TOKEN_BUDGET, PaddingSide, batches, pad_rows
@@ -87,7 +87,7 @@ class TfIdf:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         try:
-            fitted = TfidfVectorizer().fit(texts)
+            fitted = TfidfVectorizer().fit(as_texts(texts))
         except ValueError as error:
             raise DataError(f"no TF-IDF weights from these reference texts: {error}") from None
         return cls(fitted.vocabulary_, fitted.idf_)
@@ -192,7 +192,7 @@ def score_text(
     token (stop=False), but seeded per fact, so that a fact's text does not depend on the other facts. tfidf:
     weights; without them they are fitted on the facts' reference texts.
     """
-    facts = [f for f in facts if f.generation]
+    facts = [f for f in as_facts(facts, "score") if f.generation]
     if not facts:
         raise DataError("no fact has generation prompts; fill Fact.generation")
     references = [" ".join(f.reference) for f in facts]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...base.errors import DataError, NumericsError, RequestError
 from ...base.paths import user_path
+from ...models.answers import logits_of
 from ...models.hooks import frozen, trace
 from ...models.lm import LM
 from .data import IGNORED, Pair, Tokens, TupleBatch, encode_pairs
@@ -64,8 +65,7 @@ def collect(lm: LM, sites: Sequence[Site], batch: TupleBatch, tokens: Tokens = "
         with trace(lm.model, [*names, end], inputs=True, edit=edits, stop_at=end) as seen:
             lm.model(**batch.inputs, use_cache=False)
         states = seen.output[end]
-        logits = lm.head(states[batch.asked.to(states.device)])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits_of(lm, states[batch.asked.to(states.device)])
         loss = torch.nn.functional.cross_entropy(logits, batch.targets.to(logits.device))
         grads = torch.autograd.grad(loss, [seen.output[name] for name in names])
     if not torch.isfinite(loss):
