@@ -8,16 +8,16 @@ from editkit.base.errors import ConfigError, NumericsError, RequestError
 from editkit.corpora.world.world import World
 from editkit.models.facts import Fact
 from editkit.scoring import generate
-from editkit.studies.labyrinth import published
+from editkit.studies import published
 from editkit.studies.labyrinth.health import (
     downstream,
     drift,
     first_metric,
-    held_out_texts,
     recall,
     text_perplexity,
 )
 from editkit.studies.labyrinth.revisions import read_back, revision_stream, write_round
+from editkit.studies.testbed import TableTestbed
 
 
 def test_drift_of_a_moved_and_of_a_turned_cloud():
@@ -56,7 +56,7 @@ def test_recall_agrees_with_greedy_generation(tiny_lm):
 
 def test_held_out_people_are_not_in_the_world():
     world = World(seed=0, n_people=20, n_companies=4)
-    texts = held_out_texts(world, 7)
+    texts = TableTestbed(None, "world", ".", world).held_out(7)
     assert len(texts) == 7
     assert not any(name in text for name in world.people for text in texts)
 
@@ -149,12 +149,12 @@ def test_read_back_of_an_unedited_model(tiny_lm, stream):
 
 
 def test_published_figures_are_complete():
-    main = published.main_table()
+    main = published.table("labyrinth", "main")
     assert len(main) == 64  # 2 data sets x 2 batchings x 4 models x 4 methods
     assert main.groupby(["dataset", "edits", "model"]).size().eq(4).all()
     row = main[(main["dataset"] == "MultiCounterFact") & (main["edits"] == "1 x 2000")]
     row = row[(row["model"] == "Llama-3-8B-Instruct") & (row["method"] == "MEMIT_seq_rect_err")].iloc[0]
     assert (row["Eff"], row["Gen"], row["Con_std"]) == (83.23, 59.41, 0.20)
-    assert published.main_table("ZsRE")["Flu"].isna().all()
-    assert len(published.ablation_table()) == 6 and len(published.latest_table()) == 3
-    assert all("2605.26670" in published.source(t) for t in ("main", "ablation", "latest"))
+    assert main[main["dataset"] == "ZsRE"]["Flu"].isna().all()
+    assert [len(published.table("labyrinth", name)) for name in ("ablation", "latest")] == [6, 3]
+    assert all("2605.26670" in published.source("labyrinth", t) for t in ("main", "ablation", "latest"))

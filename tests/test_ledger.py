@@ -13,7 +13,7 @@ from editkit.press.notebook import read_notebook
 from editkit.press.quote import Runs
 from editkit.press.reference import references
 from editkit.press.study import load_study
-from editkit.studies.labyrinth import published
+from editkit.studies import published
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
@@ -133,8 +133,10 @@ def test_published_cells_are_read_from_the_data_of_the_chapter():
             "where": {"dataset": "MultiCounterFact", "edits": "20 x 100", "method": "AlphaEdit"},
         }
     )
-    table = published.main_table("MultiCounterFact")
-    table = table[table["edits"] == "20 x 100"].pivot(index="model", columns="method", values="Spe")
+    table = published.table("labyrinth", "main").query(
+        "dataset == 'MultiCounterFact' and edits == '20 x 100'"
+    )
+    table = table.pivot(index="model", columns="method", values="Spe")
     wanted = (table["AlphaEdit"] - table["MEMIT_seq"]).round(6)
     assert dict(cells) == wanted.to_dict() and len(cells) == 4 and "arXiv" in source
 

@@ -8,17 +8,17 @@ are described at `load`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
-import editkit
 from editkit.base.config import check_known
 from editkit.base.errors import DataError
 from editkit.press.quote import Lookup, Runs
+from editkit.studies import published
 
 HOLDS, FAILS, OPEN, ABSENT = "holds", "fails", "open", "not run"
 FORM, DIRECTION, NOT, UNDECIDED, NOT_RUN, UNTESTABLE = (
@@ -215,18 +215,12 @@ def _check_check(check: dict, where: str) -> None:
 
 
 def published_cells(data: dict) -> tuple[list[tuple[str, float]], str]:
-    """([(label, figure)], source) out of a table of printed figures in `editkit/<file>/published.json`.
+    """([(label, figure)], source) out of a table of printed figures in `editkit.studies.published`.
 
     where selects rows by column; `column` is what is read and `label` (default "model") tells the rows apart. With
     `minus`, the same cells are subtracted whose selection differs by these columns. Raises DataError.
     """
-    path = Path(editkit.__file__).parent / data["file"] / "published.json"
-    tables = json.loads(path.read_text(encoding="utf-8"))
-    if data["table"] not in tables:
-        raise DataError(
-            f"{path.name} of {data['file']} has no table {data['table']!r}; it has: {', '.join(tables)}"
-        )
-    table = tables[data["table"]]
+    table = published.table(data["file"], data["table"])
     label = data.get("label", "model")
     cells = _select(table, data["where"], data["column"], label)
     if "minus" in data:
@@ -234,14 +228,11 @@ def published_cells(data: dict) -> tuple[list[tuple[str, float]], str]:
         cells = {name: round(value - other[name], 6) for name, value in cells.items() if name in other}
     if not cells:
         raise DataError(f"no row of {data['file']}.{data['table']} has {data['where']}")
-    return list(cells.items()), table["source"]
+    return list(cells.items()), published.source(data["file"], data["table"])
 
 
-def _select(table: dict, where: dict, column: str, label: str) -> dict[str, float]:
-    check_known([*where, column], table["columns"], "column of the published table:")
-    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
-    return {
-        str(row.get(label, "")): row[column]
-        for row in rows
-        if all(row[k] == v for k, v in where.items()) and row[column] is not None
-    }
+def _select(table: pd.DataFrame, where: dict, column: str, label: str) -> dict[str, float]:
+    check_known([*where, column], table.columns, "column of the published table:")
+    rows = table[(table[list(where)] == pd.Series(where)).all(axis=1)].dropna(subset=column)
+    labels = rows[label].astype(str) if label in rows else [""] * len(rows)
+    return dict(zip(labels, rows[column], strict=True))

@@ -7,9 +7,7 @@ one partial forward pass each.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -129,9 +127,3 @@ def _has(facts: Sequence[Fact], axis: str) -> bool:
     return axis == "efficacy" or any(
         getattr(f, "paraphrases" if axis == "paraphrase" else axis) for f in facts
     )
-
-
-def published(table: str) -> tuple[pd.DataFrame, str]:
-    """The paper's own figures as printed ("ablation" or "main") and where they come from; shares, not percent."""
-    found = json.loads(Path(__file__).with_name("mask_published.json").read_text(encoding="utf-8"))[table]
-    return pd.DataFrame(found["rows"], columns=found["columns"]), found["source"]
