@@ -193,3 +193,14 @@ def test_lists_of_a_fact_become_tuples_and_probe_texts_are_checked():
     assert fact.paraphrases == ("Li, who plays the",) and hash(fact)
     with pytest.raises(RequestError, match="answer must be a text"):
         Probe("Li plays the", None)
+
+
+@pytest.mark.parametrize("target, text", [(" 里昂", " 里昂"), ("里昂", "里昂"), (NO_SPACE + "Lyon", "Lyon")])
+def test_a_word_on_the_space_holds_in_editor_and_scorer_alike(target, text):
+    lm, fact = make_lm(), Fact("{}的首都是", "法国", target, "巴黎", case_id="0")
+    assert fact.target_text == text
+    places = encode_targets(lm, [fact], ContextTemplates()).take([0])[2]
+    table = score(lm, [fact], "rome")
+    (scored,) = score_targets(lm, [fact.pair])
+    assert places[:, 3].tolist() == scored.ids.tolist() and table.nll_new[0] == pytest.approx(scored.nll)
+    assert table.answer[0] == text.strip()

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..base.errors import RequestError
-from .joining import gap, join, marked, stem
+from .joining import bare, gap, join, marked, stem
 
 SLOT = "{}"
 
@@ -110,13 +110,13 @@ class Fact:
     def target_text(self) -> str:
         """The object as it is written behind the prompt, with the space that belongs to it, if any."""
         prompt, answer = self.pair
-        return gap(prompt, answer) + marked(self.target, True)[1:]
+        return gap(prompt, answer) + bare(answer)
 
     @property
     def statement(self) -> str:
         """Prompt and object as one text."""
         prompt, answer = self.pair
-        return join(prompt, answer.rstrip())
+        return join(prompt, answer)
 
     @property
     def located(self) -> tuple[str, str]:
@@ -127,7 +127,7 @@ class Fact:
     @property
     def request(self) -> list[str]:
         """What decides an edit, for names of caches: prompt, subject, object, and how it is written if not as usual."""
-        usual = f" {marked(self.target, True)[1:]}"
+        usual = f" {bare(self.target)}"
         return [self.prompt, self.subject, self.target, *([] if self.target_text == usual else [self.target_text])]
 
     @property
@@ -203,7 +203,7 @@ def validate_fact(fact: Fact, index: int | None = None) -> None:
         raise RequestError(f"{where}: empty subject; give the text that fills the slot of {fact.prompt!r}")
     if SLOT in fact.subject:
         raise RequestError(f"{where}: the subject {fact.subject!r} contains a slot '{{}}'")
-    if not fact.target.strip():
+    if not bare(fact.target):
         raise RequestError(f"{where}: empty target for {fact.text!r}; give the object to be written")
 
 
@@ -217,7 +217,7 @@ def validate_facts(facts: Fact | Iterable[Fact], *, allow_conflicts: bool = Fals
     seen: dict[str, int] = {}
     for i, fact in enumerate(facts):
         j = seen.get(asked(fact))
-        if j is not None and facts[j].target.strip() == fact.target.strip():
+        if j is not None and bare(facts[j].target) == bare(fact.target):
             raise RequestError(
                 f"facts {_named(facts, j)} and {_named(facts, i)} are duplicates: {fact.text!r} -> {fact.target!r}; "
                 "drop one"
@@ -244,12 +244,12 @@ def _named(facts: Sequence[Fact], i: int) -> str:
 
 def ambiguous(facts: Sequence[Fact]) -> list[tuple[int, int]]:
     """Index pairs (i, j), i < j, with one text but different objects, new or true: two things of one name."""
-    return _pairs(facts, lambda f: (f.target.strip(), f.target_true))
+    return _pairs(facts, lambda f: (bare(f.target), f.target_true))
 
 
 def conflicts(facts: Sequence[Fact]) -> list[tuple[int, int]]:
     """Index pairs (i, j), i < j, with one text but different targets."""
-    return _pairs(facts, lambda f: f.target.strip())
+    return _pairs(facts, lambda f: bare(f.target))
 
 
 def _pairs(facts: Sequence[Fact], said: Callable[[Fact], object]) -> list[tuple[int, int]]:

@@ -34,10 +34,21 @@ def stem(prompt: str) -> str:
     return prompt.rstrip(" ")
 
 
+def bare(answer: str) -> str:
+    """The answer without what stands around it."""
+    return answer.removeprefix(NO_SPACE).strip()
+
+
+def wanted_space(answer: str, space: bool | None) -> bool | None:
+    """What is said about the space before an answer: by `space`, else by how the answer begins; None: nothing."""
+    if space is not None:
+        return space
+    return False if answer.startswith(NO_SPACE) else True if answer[:1].isspace() else None
+
+
 def marked(answer: str, space: bool | None) -> str:
-    """The answer, with a word on the space in front of it: True one, False none, None by `gap`'s rule."""
-    bare = answer.removeprefix(NO_SPACE).strip()
-    return answer if space is None else f"{' ' if space else NO_SPACE}{bare}"
+    """The bare answer, with a word on the space in front of it: True one, False none, None by `gap`'s rule."""
+    return {True: " ", False: NO_SPACE, None: ""}[wanted_space(answer, space)] + bare(answer)
 
 
 def gap(prompt: str, answer: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ..base.errors import ConfigError, DataError, RequestError
 from ..models.facts import Fact, Probe, as_facts
-from ..models.joining import marked
+from ..models.joining import bare, marked, wanted_space
 
 REWRITE_AXES = ("efficacy", "paraphrase", "consequence")
 KEEP_AXES = ("neighborhood", "locality", "same_subject")
@@ -67,21 +67,23 @@ def fact_ids(facts: Sequence[Fact]) -> list[str]:
 
 def _of_fact(index: int, fact: Fact, name: str) -> Iterator[Item]:
     def item(axis: str, prompt: str, answer: str, new: str, true: str | None, probe: Probe | None = None) -> Item:
-        kind, space = ("", fact.space) if probe is None else (probe.kind, probe.space)
+        kind, space = ("", wanted_space(fact.target, fact.space))
+        if probe is not None:
+            kind, space = probe.kind, wanted_space(probe.answer, probe.space)
         return Item(index, name, axis, kind, fact.relation, prompt, answer, new, true, space)
 
-    target = fact.target.strip()
-    true = fact.target_true.strip() if fact.target_true else None
+    target = bare(fact.target)
+    true = bare(fact.target_true) if fact.target_true else None
     yield item("efficacy", fact.text, target, target, true)
     for prompt in fact.paraphrases:
         yield item("paraphrase", prompt, target, target, true)
     for axis in KEEP_AXES:
         for probe in getattr(fact, axis):
-            answer = probe.answer.strip()
+            answer = bare(probe.answer)
             yield item(axis, probe.prompt, answer, target, answer, probe)
     for probe in fact.consequences:
-        answer = probe.answer.strip()
-        before = probe.before.strip() if probe.before else None
+        answer = bare(probe.answer)
+        before = bare(probe.before) if probe.before else None
         yield item("consequence", probe.prompt, answer, answer, before, probe)
 
 

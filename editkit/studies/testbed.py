@@ -28,6 +28,7 @@ from ..corpora.world.companion import load_companion, load_world
 from ..corpora.world.records import changes
 from ..locate.moments import Covariance, second_moment
 from ..models.facts import Fact
+from ..models.joining import join
 from ..models.lm import LM, load_lm
 from ..models.pretrained import PRETRAINED, pretrained_folder
 from .arms import options_of
@@ -188,7 +189,7 @@ class CorpusTestbed(Testbed):
 
     def background(self, facts, n, seed):
         rows = self.untouched(facts, n, seed)
-        return [f"{template.replace('{}', subject)} {answer}" for template, subject, answer in rows]
+        return [join(template.replace('{}', subject), answer) for template, subject, answer in rows]
 
     def texts(self):
         return list(self.own_texts) or [f"{f.text} {f.target_true}" for f in self.requests if f.target_true]
