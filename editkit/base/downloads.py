@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from .paths import user_path
+
 DOWNLOADS_ENV = "EDITKIT_DOWNLOADS"
 
 
@@ -15,7 +17,7 @@ def download_dir(kind: str = "corpora") -> Path:
     kind: "corpora" (directly below EDITKIT_DOWNLOADS) or another word, a folder of its own.
     """
     if os.environ.get(DOWNLOADS_ENV):
-        given = Path(os.environ[DOWNLOADS_ENV])
+        given = user_path(os.environ[DOWNLOADS_ENV])
         return given if kind == "corpora" else given / kind
     import pooch
 
