@@ -29,8 +29,11 @@ def write_stored(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(own, part, metadata={"format": form, key: json.dumps(meta, sort_keys=True)})
-    os.replace(part, path)
+    try:
+        save_file(own, part, metadata={"format": form, key: json.dumps(meta, sort_keys=True)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # a full disk leaves no half file
     return path
 
 
@@ -50,7 +53,7 @@ def read_stored(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         noun = what.split(maxsplit=1)[1].removesuffix(" saved by editkit")
-        raise DataError(f"cannot read the {noun} {path}: {error}") from error
+        raise DataError(f"cannot read the {noun} {path}: {error}; delete it and make it again") from error
     return json.loads(found[key]), tensors
 
 

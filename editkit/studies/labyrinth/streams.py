@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from ...base.cached import locked, made_key
 from ...base.errors import ConfigError, DataError
 from ...locate.contexts import ContextTemplates
 from ...locate.keys import compute_keys
@@ -30,7 +32,8 @@ AXES = ("efficacy", "paraphrase", "neighborhood", "same_subject")
 class Keep:
     """Where a long stream leaves its state, so that an interrupted one goes on to the same weights.
 
-    folder:  made if missing; one stream has two small files there, removed when the stream is done.
+    folder:  made if missing; one stream has two small files there, removed when the stream is done. One process at a
+             time runs a stream: another that wants the same waits.
     name:    must change with everything that decides the stream; see `kept_stream`.
     seconds: the state is written when this much time has passed since the last writing.
     """
@@ -91,21 +94,22 @@ def edit_stream(
         raise ConfigError(
             f"every = {every} is no multiple of batch = {batch}; checkpoints lie between batches"
         )
-    done, notes = keep.load(editor) if keep else (0, [])
-    if checkpoint and not notes:
-        notes.append(checkpoint(0))
-    saved = time.monotonic()
-    for cut in batches_of(len(facts), batch):
-        if cut.start < done:
-            continue
-        editor.edit(facts[cut])
-        if checkpoint and (cut.stop == len(facts) or (every and cut.stop % every == 0)):
-            notes.append(checkpoint(cut.stop))
-        if keep and time.monotonic() - saved >= keep.seconds:
-            keep.save(editor, cut.stop, notes)
-            saved = time.monotonic()
-    if keep:
-        keep.clear()
+    with locked(keep.folder, keep.name) if keep else contextlib.nullcontext():
+        done, notes = keep.load(editor) if keep else (0, [])
+        if checkpoint and not notes:
+            notes.append(checkpoint(0))
+        saved = time.monotonic()
+        for cut in batches_of(len(facts), batch):
+            if cut.start < done:
+                continue
+            editor.edit(facts[cut])
+            if checkpoint and (cut.stop == len(facts) or (every and cut.stop % every == 0)):
+                notes.append(checkpoint(cut.stop))
+            if keep and time.monotonic() - saved >= keep.seconds:
+                keep.save(editor, cut.stop, notes)
+                saved = time.monotonic()
+        if keep:
+            keep.clear()
     return notes
 
 
@@ -137,8 +141,8 @@ def kept_stream(bench: Bench, editor: Editor, batch: int, shared: bool, *more: A
     content = [
         bench.fingerprint, editor.name, editor.config.to_dict(), bench.contexts.groups, facts, batch, shared, more,
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-    return Keep(bench.cache_dir / "streams", digest)
+    key = made_key(content, __file__, inspect.getfile(type(editor)))
+    return Keep(bench.cache_dir / "streams", key)
 
 
 def spread(facts: Sequence[Fact], n: int | None) -> list[Fact]:
