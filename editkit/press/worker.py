@@ -22,8 +22,11 @@ import psutil
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
+from ..base.errors import UnavailableError
+from .kernel import COMMAND
+
 OOM_CODES = (137, 138)
-OK, FAILED, DIED, NO_START = "ok", "failed", "died", "no-start"
+OK, FAILED, DIED, NO_START, UNAVAILABLE = "ok", "failed", "died", "no-start", "unavailable"
 
 
 class OwnKernelManager(AsyncKernelManager):
@@ -37,17 +40,18 @@ class OwnKernelManager(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-c", COMMAND, "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
-def _die_with_parent() -> None:
-    """End this process and its kernel, and clear up, when the process that started it is gone."""
-    parent = os.getppid()
+def _end_with_runner() -> None:
+    """End this process and its kernel, and clear up, when the process that started it is gone.
+
+    Our standard input is a pipe whose other end only the runner holds: however it ends, reading ends.
+    """
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        os.read(0, 1)
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
@@ -81,13 +85,13 @@ def execute(request: dict) -> dict:
             )
         except PapermillExecutionError as error:
             log.write("\n".join(error.traceback) + "\n")
+            if error.ename == UnavailableError.__name__:
+                return {"status": UNAVAILABLE, "message": error.evalue}
             return {"status": FAILED, "message": f"{error.ename}: {error.evalue}", "cell": error.cell_index}
         except DeadKernelError as error:
             return {"status": DIED, "message": str(error)}
         except RuntimeError as error:
-            if "Kernel did" in str(
-                error
-            ):  # "didn't respond in ..." and "died before replying to kernel_info"
+            if "Kernel did" in str(error):  # "didn't respond in ...", "died before replying to kernel_info"
                 return {"status": NO_START, "message": str(error)}
             raise
     return {"status": OK, "message": ""}
@@ -95,7 +99,7 @@ def execute(request: dict) -> dict:
 
 def main(request_path: str) -> int:
     """Entry point of the process; the exit code is 0 whenever an outcome was written."""
-    _die_with_parent()
+    _end_with_runner()
     logging.getLogger("papermill").setLevel(logging.WARNING)
     path = Path(request_path)
     request = json.loads(path.read_text(encoding="utf-8"))
