@@ -199,8 +199,9 @@ def _execute(
 
 def _edited(files: dict[str, str], package: dict[str, str], begin: float, run: Prepared, root: Path) -> list[str]:
     """Files that were read and may have been read in another state than the key says."""
-    now = package_files()
-    found = [name for name in files if name.startswith("editkit/") and package.get(name) != now.get(name)]
+    changed = {name for name, _ in package.items() ^ package_files().items()}
+    changed |= {f"{name.rpartition('/')[0]}/*" for name in changed if not name.endswith(".py")}
+    found = sorted(changed & files.keys())
     for name in _below(files, root):
         if (path := root / name).is_file() and not path.is_relative_to(PACKAGE):
             found += [name] if begin < path.stat().st_mtime < time.time() else []

@@ -8,6 +8,7 @@ unchanged key means that another execution would read the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -89,6 +90,8 @@ def _name(path: Path, root: Path, given: Sequence[str]) -> str | None:
     for prefix, folder in _places(root):
         if path.is_relative_to(folder):
             parts = path.relative_to(folder).parts
+            if folder == PACKAGE and path.suffix != ".py":  # one of its folders of data: what is added there counts, too
+                return "/".join(["editkit", *parts[:-1], "*"])
             if prefix or not {".editkit", ".git", ".venv", "_build", "__pycache__"} & set(parts) and parts[:2] != ("book", "runs"):
                 return prefix + "/".join(parts)
             return None
@@ -98,11 +101,16 @@ def _name(path: Path, root: Path, given: Sequence[str]) -> str | None:
 def _hash(name: str, root: Path) -> str:
     """Hash of the file that is called so in a key."""
     if name.startswith("module:"):
-        spec = importlib.util.find_spec(name.removeprefix("module:"))
-        return source_hash(Path(spec.origin)) if spec and spec.origin else ABSENT
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(name.removeprefix("module:"))
+            return source_hash(Path(spec.origin)) if spec and spec.origin else ABSENT
+        return ABSENT
     places = [("path:", Path("/")), *_places(root)]
     prefix, folder = next((p, f) for p, f in places if name.startswith(p))
     path = folder / name.removeprefix(prefix)
+    if path.name == "*":
+        data = [p for p in sorted(path.parent.iterdir()) if p.is_file() and p.suffix != ".py"]
+        return digest(*(f"{p.name} {file_hash(p)}" for p in data))
     return source_hash(path) if path.suffix == ".py" else tree_hash(path)
 
 

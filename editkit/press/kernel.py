@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 COMMAND = "from editkit.press.kernel import main; main()"
+_STDLIB = os.path.dirname(os.__file__) + os.sep
 _opened: set[str] = set()
 _there: set[str] = set()  # top-level modules of the kernel itself
 
@@ -53,20 +54,23 @@ def what_was_read() -> dict[str, Any]:
 
     Packages are those imported since the notebook began; the kernel's own do not decide a number.
     """
-    installed = tuple(os.path.join(prefix, "") for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix})
     modules, tops = {}, set()
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not file or not file.endswith(".py") or name == "__main__":
-            tops.add(name.split(".")[0])
-        elif name.split(".")[0] == "editkit" or not file.startswith(installed):
+        top, file = name.split(".")[0], getattr(module, "__file__", None)
+        if top == "editkit" or (top not in _there and not _installed(file or "")):
             modules[name] = file
         else:
-            tops.add(name.split(".")[0])
+            tops.add(top)
     owners = metadata.packages_distributions()
     names = sorted({name for top in tops - _there for name in owners.get(top, ()) if name != "editkit"})
     return {
-        "opened": sorted(path for path in _opened if not path.startswith(installed)),
-        "modules": modules,
+        "opened": sorted(path for path in _opened if not _installed(path)),
+        "modules": {name: file for name, file in modules.items() if file and file.endswith(".py")},
         "packages": {name: metadata.version(name) for name in names},
     }
+
+
+def _installed(path: str) -> bool:
+    """Whether a file belongs to Python or to an installed package other than this one."""
+    inside = {"site-packages", "dist-packages"} & set(path.split(os.sep))
+    return not path or bool(inside and f"{os.sep}editkit{os.sep}" not in path) or path.startswith(_STDLIB)

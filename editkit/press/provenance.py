@@ -89,7 +89,8 @@ def git_state(root: Path, commit: str | None = None, files: Sequence[str] | None
         return {"commit": None, "dirty": None}
     if files is None:
         files = ["editkit", "notebooks", "studies", "constraints.txt"]
-        changed, unknown = git("diff", "--name-only", commit, "--", *files), git("status", "--porcelain", "--", *files)
-    else:  # files that are in no commit at all count, ignored or not
-        changed, unknown = (git(*call, "--", *files) for call in (("diff", "--name-only", commit), ("ls-files", "--others")))
+        unknown = git("ls-files", "--others", "--exclude-standard", "--", *files)
+    else:  # code that is in no commit counts, ignored or not; data and models have their hash in the key
+        unknown = git("ls-files", "--others", "--", *(f for f in files if f.endswith((".py", ".ipynb"))))
+    changed = git("diff", "--name-only", commit, "--", *files)
     return {"commit": commit, "dirty": None if changed is None else bool(changed or unknown)}
