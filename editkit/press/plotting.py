@@ -183,9 +183,12 @@ def themed_svg(fig: Figure, *, prefix: str, title: str = "") -> str:
 
     `prefix` must be unique on the page; `title` becomes the accessible name of the picture. Deterministic.
     """
+    from matplotlib import rc_context
+
     tidy_log_axes(fig)
     buffer = io.StringIO()
-    fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with rc_context({"svg.hashsalt": "editkit", "svg.fonttype": "none"}):  # also where `use_style` was not called
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
