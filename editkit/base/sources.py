@@ -114,7 +114,11 @@ def _imports(path: Path) -> tuple[Path, ...]:
             names += [base, *(base + (alias.name,) for alias in node.names)]
         elif isinstance(node, ast.Import):
             names += [tuple(alias.name.split(".")) for alias in node.names]
-    places = [PACKAGE.parent.joinpath(*name) for name in names if name[:1] == (PACKAGE.name,) and name != (PACKAGE.name,)]
+    places = [
+        PACKAGE.parent.joinpath(*name)
+        for name in names
+        if name[:1] == (PACKAGE.name,) and name != (PACKAGE.name,)
+    ]
     return tuple(f for p in places for f in (p.with_suffix(".py"), p / "__init__.py") if f.is_file())
 
 

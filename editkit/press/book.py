@@ -88,7 +88,9 @@ def stage(study: Study, layout: Layout, source: Path) -> dict[str, dict]:
     (source / PAGES).mkdir(exist_ok=True)
     (source / PAGES / "index.md").write_text(_INDEX, encoding="utf-8")
     for alias, why in missing.items():
-        (source / PAGES / f"{alias}.md").write_text(_MISSING_PAGE.format(alias=alias, **why), encoding="utf-8")
+        (source / PAGES / f"{alias}.md").write_text(
+            _MISSING_PAGE.format(alias=alias, **why), encoding="utf-8"
+        )
     _write_toc(pages / "_toc.yml", source, [*manifest, *missing])
     return missing
 
@@ -112,7 +114,9 @@ def gather(study: Study, layout: Layout) -> tuple[dict[str, dict], dict[str, dic
         spec, outcome = run.spec, layout.outcome(run.run_id)
         templates[spec.notebook] = run.template
         known = outcome.is_file()
-        why[spec.alias] = json.loads(outcome.read_text()) if known else {"status": "failed", "message": "not executed yet"}
+        why[spec.alias] = (
+            json.loads(outcome.read_text()) if known else {"status": "failed", "message": "not executed yet"}
+        )
         done = finished(layout, run.run_id)
         if done is not None:
             sidecar, notebook = done
@@ -120,7 +124,11 @@ def gather(study: Study, layout: Layout) -> tuple[dict[str, dict], dict[str, dic
             sidecar["stale"] = stale(sidecar["inputs"], run.template, run.parameters, layout.root)
             if sidecar["inputs"]["notebook"] == nb.code_hash(run.template):
                 notebook = nb.with_prose(notebook, run.template)
-            manifest[spec.alias] = {"run": sidecar, "notebook": notebook, "folder": layout.run_dir(run.run_id)}
+            manifest[spec.alias] = {
+                "run": sidecar,
+                "notebook": notebook,
+                "folder": layout.run_dir(run.run_id),
+            }
     for alias, (sidecar, folder) in references(layout).items():
         name = sidecar["notebook"]
         if name not in templates:

@@ -197,7 +197,9 @@ def _execute(
     return Outcome(run.spec, OK, seconds=seconds, stderr_cells=noisy)
 
 
-def _edited(files: dict[str, str], package: dict[str, str], begin: float, run: Prepared, root: Path) -> list[str]:
+def _edited(
+    files: dict[str, str], package: dict[str, str], begin: float, run: Prepared, root: Path
+) -> list[str]:
     """Files that were read and may have been read in another state than the key says."""
     changed = {name for name, _ in package.items() ^ package_files().items()}
     changed |= {f"{name.rpartition('/')[0]}/*" for name in changed if not name.endswith(".py")}
@@ -240,7 +242,9 @@ def _environment(run: Prepared, layout: Layout, target: Path, work: Path) -> dic
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # keeps ipykernel's debugger note out of the pages
         # Said by tqdm.auto (through transformers) where ipywidgets is missing, in whichever cell imports it first.
-        "PYTHONWARNINGS": ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"))),
+        "PYTHONWARNINGS": ",".join(
+            filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"))
+        ),
     }
     for name, value in MALLOC.items():
         env.setdefault(name, value)
@@ -316,7 +320,13 @@ def _write_sidecar(
         "git": git,
         **results,
         "parameters": [
-            {"name": p.name, "type": p.type, "value": run.parameters[p.name], "default": p.default, "help": p.help}
+            {
+                "name": p.name,
+                "type": p.type,
+                "value": run.parameters[p.name],
+                "default": p.default,
+                "help": p.help,
+            }
             for p in run.declared.values()
         ],
         "stderr_cells": noisy,
@@ -374,12 +384,16 @@ def run_all(
         return outcome
 
     # Long runs first, so that none of them is left to run alone at the end.
-    order = sorted(range(len(runs)), key=lambda i: -(runs[i].spec.minutes or 0)) if jobs > 1 else range(len(runs))
+    order = (
+        sorted(range(len(runs)), key=lambda i: -(runs[i].spec.minutes or 0)) if jobs > 1 else range(len(runs))
+    )
     with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(1) as gpu_pool:
         futures = {i: (gpu_pool if runs[i].spec.gpus else pool).submit(work, runs[i]) for i in order}
         try:
             return [futures[i].result() for i in range(len(runs))]
-        except BaseException:  # an interrupt: pending runs are dropped, running ones ended, finished ones kept
+        except (
+            BaseException
+        ):  # an interrupt: pending runs are dropped, running ones ended, finished ones kept
             for each in (pool, gpu_pool):
                 each.shutdown(wait=False, cancel_futures=True)
             processes.end_all()

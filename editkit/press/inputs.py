@@ -41,7 +41,14 @@ OLDER = "recorded before the key held all files"
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")  # opened by libraries that Python does not hear of
 _ELSEWHERE = ("data:", "downloads:", "hub:", "path:")
 # Variables with a meaning of their own here: what they lead to is in the key, or it cannot change a number.
-_OWN = {"EDITKIT_RUN_DIR", "EDITKIT_WORK_DIR", "EDITKIT_CACHE", "EDITKIT_RUN_PARAMETERS", "EDITKIT_DATA", "EDITKIT_DOWNLOADS"}
+_OWN = {
+    "EDITKIT_RUN_DIR",
+    "EDITKIT_WORK_DIR",
+    "EDITKIT_CACHE",
+    "EDITKIT_RUN_PARAMETERS",
+    "EDITKIT_DATA",
+    "EDITKIT_DOWNLOADS",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,13 @@ def _places(root: Path) -> list[tuple[str, Path]]:
     from ..corpora.fetch import download_dir
 
     hub, downloads = Path(HF_HUB_CACHE), download_dir()
-    return [("editkit/", PACKAGE), ("data:", data_root(root)), ("downloads:", downloads), ("hub:", hub), ("", root)]
+    return [
+        ("editkit/", PACKAGE),
+        ("data:", data_root(root)),
+        ("downloads:", downloads),
+        ("hub:", hub),
+        ("", root),
+    ]
 
 
 def _name(path: Path, root: Path, given: Sequence[str]) -> str | None:
@@ -90,9 +103,15 @@ def _name(path: Path, root: Path, given: Sequence[str]) -> str | None:
     for prefix, folder in _places(root):
         if path.is_relative_to(folder):
             parts = path.relative_to(folder).parts
-            if folder == PACKAGE and path.suffix != ".py":  # one of its folders of data: what is added there counts, too
+            if (
+                folder == PACKAGE and path.suffix != ".py"
+            ):  # one of its folders of data: what is added there counts, too
                 return "/".join(["editkit", *parts[:-1], "*"])
-            if prefix or not {".editkit", ".git", ".venv", "_build", "__pycache__"} & set(parts) and parts[:2] != ("book", "runs"):
+            if (
+                prefix
+                or not {".editkit", ".git", ".venv", "_build", "__pycache__"} & set(parts)
+                and parts[:2] != ("book", "runs")
+            ):
                 return prefix + "/".join(parts)
             return None
     return f"path:{path}" if any(path.is_relative_to(folder) for folder in given) else None
@@ -132,7 +151,10 @@ def early_key(run: Prepared, root: Path) -> str:
 
 def _declared(run: Prepared, root: Path) -> list[str]:
     names = {*run.spec.inputs, *run.spec.requires}
-    return sorted(name if name.startswith("data:") else resolve_file(name, root).relative_to(root).as_posix() for name in names)
+    return sorted(
+        name if name.startswith("data:") else resolve_file(name, root).relative_to(root).as_posix()
+        for name in names
+    )
 
 
 def _given(parameters: dict[str, Any]) -> list[str]:
@@ -146,16 +168,22 @@ def key(run: Prepared, root: Path, seen: dict[str, Any]) -> dict[str, Any]:
     opened = {Path(path) for path in seen["opened"]}
     beside = {file for folder in {p.parent for p in opened} for kind in WEIGHTS for file in folder.glob(kind)}
     sources = {Path(file).resolve() for file in seen["modules"].values()}
-    names = {_name(path, root, given) for path in opened | {b for b in beside if _name(b, root, given)} | sources}
+    names = {
+        _name(path, root, given) for path in opened | {b for b in beside if _name(b, root, given)} | sources
+    }
     names |= {
-        f"module:{name}" for name, file in seen["modules"].items() if _name(Path(file).resolve(), root, given) is None
+        f"module:{name}"
+        for name, file in seen["modules"].items()
+        if _name(Path(file).resolve(), root, given) is None
     }
     files = {name: _hash(name, root) for name in sorted({*names - {None}, *_declared(run, root)})}
     texts = [path.read_text(encoding="utf-8") for path in sorted(sources) if path.is_file()]
     record = {
         "notebook": nb.code_hash(run.template),
         "parameters": digest(json.dumps(run.parameters, sort_keys=True)),
-        "files": {name: found for name, found in files.items() if found != ABSENT or name in _declared(run, root)},
+        "files": {
+            name: found for name, found in files.items() if found != ABSENT or name in _declared(run, root)
+        },
         "packages": {name: _public(version) for name, version in seen["packages"].items()},
         "environment": _environment([*texts, *nb.cells_code(run.template)]),
     }
@@ -186,7 +214,9 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def stale(old: dict, template: nbformat.NotebookNode | None, parameters: dict | None, root: Path) -> list[str]:
+def stale(
+    old: dict, template: nbformat.NotebookNode | None, parameters: dict | None, root: Path
+) -> list[str]:
     """Why a result with the key `old` is no longer what its notebook would give; [] when nothing has changed.
 
     template: None if the notebook is gone.

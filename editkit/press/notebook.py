@@ -150,8 +150,14 @@ def cells_code(notebook: nbformat.NotebookNode) -> list[str]:
 
 def code_hash(notebook: nbformat.NotebookNode) -> str:
     """Hash of what is executed: the code of the cells in order, and which of them takes the parameters."""
-    tagged = [TAG in c.metadata.get("tags", ()) for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
-    return digest(json.dumps([[sources.code_hash(text), tag] for text, tag in zip(cells_code(notebook), tagged)]))
+    tagged = [
+        TAG in c.metadata.get("tags", ())
+        for c in notebook.cells
+        if c.cell_type == "code" and c.source.strip()
+    ]
+    return digest(
+        json.dumps([[sources.code_hash(text), tag] for text, tag in zip(cells_code(notebook), tagged)])
+    )
 
 
 def with_prose(executed: nbformat.NotebookNode, template: nbformat.NotebookNode) -> nbformat.NotebookNode:

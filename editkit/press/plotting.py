@@ -187,7 +187,9 @@ def themed_svg(fig: Figure, *, prefix: str, title: str = "") -> str:
 
     tidy_log_axes(fig)
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "editkit", "svg.fonttype": "none"}):  # also where `use_style` was not called
+    with rc_context(
+        {"svg.hashsalt": "editkit", "svg.fonttype": "none"}
+    ):  # also where `use_style` was not called
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()

@@ -29,7 +29,9 @@ class Runs:
             raise Lookup(f"there is no run {alias!r}; the book has: {', '.join(self.manifest) or 'none'}")
         entry = self.manifest[alias]
         there = [kind for kind in ("run", "reference") if kind in entry]
-        which = which or (there[0] if page == alias else min(there, key=lambda kind: bool(entry[kind].get("stale"))))
+        which = which or (
+            there[0] if page == alias else min(there, key=lambda kind: bool(entry[kind].get("stale")))
+        )
         if which not in entry:
             raise Lookup(f"run {alias!r} has no {which} result")
         return entry[which], which

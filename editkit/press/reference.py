@@ -29,7 +29,9 @@ def collect(specs: Sequence[RunSpec], layout: Layout, *, allow_dirty: bool = Fal
         if done is None:
             raise DataError(f"run {spec.run_id} is not finished; execute it with `editkit run`")
         if reasons := stale(done[0]["inputs"], run.template, run.parameters, layout.root):
-            raise DataError(f"run {spec.run_id} is stale ({'; '.join(reasons)}); execute it again with `editkit run`")
+            raise DataError(
+                f"run {spec.run_id} is stale ({'; '.join(reasons)}); execute it again with `editkit run`"
+            )
         if (done[0]["git"]["dirty"] or done[0]["git"]["commit"] is None) and not allow_dirty:
             raise DataError(
                 f"run {spec.run_id} was made by uncommitted code; commit and run again (or use --allow-dirty)"
@@ -45,7 +47,9 @@ def _copy(sidecar: dict, source: Path, target: Path) -> Path:
         if figure["data"] and (source / figure["data"]).stat().st_size > MAX_FILE:
             figure["data"] = None  # the executed notebook can make it again
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as whole:  # a full disk leaves the old reference
+    with tempfile.TemporaryDirectory(
+        prefix=".", dir=target.parent
+    ) as whole:  # a full disk leaves the old reference
         made, old = Path(whole) / "new", Path(whole) / "old"
         made.mkdir()
         for file in sidecar_files(sidecar):

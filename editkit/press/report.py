@@ -122,7 +122,10 @@ class Run:
     """Collects values, tables, figures and timings of one run. Made by `start`."""
 
     def __init__(
-        self, parameters: dict[str, Any], directory: Path | None = None, namespace: Mapping[str, Any] | None = None
+        self,
+        parameters: dict[str, Any],
+        directory: Path | None = None,
+        namespace: Mapping[str, Any] | None = None,
     ):
         self.parameters = parameters
         self.directory = directory

@@ -52,7 +52,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if getattr(event, "anchor", None) or (getattr(event, "tag", None) or "!") != "!":
             what = "anchors and aliases" if getattr(event, "anchor", None) else f"the tag {event.tag}"
-            raise yaml.constructor.ConstructorError(None, None, f"{what} cannot be used here; write the value", event.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{what} cannot be used here; write the value", event.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
@@ -68,7 +70,9 @@ class _Loader(yaml.SafeLoader):
     def construct_number(self, node):
         text = self.construct_scalar(node)
         if len(text) > 30:
-            raise yaml.constructor.ConstructorError(None, None, "a number of more than 30 signs", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number of more than 30 signs", node.start_mark
+            )
         return int(text) if node.tag.endswith("int") else float(text)
 
 
