@@ -29,7 +29,7 @@ from editkit.models.batching import Encoding
 from editkit.models.hooks import frozen, hidden, submodule
 from editkit.models.lm import LM
 from editkit.press.provenance import git_state, hardware, package_versions
-from editkit.studies.labyrinth.bench import open_bench
+from editkit.studies.bench import open_bench
 
 
 def one_fact(lm: LM, fact, layer: int, cfg: TargetConfig, contexts: ContextTemplates, token: str) -> Tensor:

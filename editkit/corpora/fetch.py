@@ -8,19 +8,18 @@ folder), and are downloaded last. A file with a known sha256 is checked wherever
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ..base.downloads import download_dir, sha256_of
 from ..base.errors import DataError, UnavailableError
 
 log = logging.getLogger(__name__)
 
 PACKED = Path(__file__).parent / "packed"
-DATA_ENV, DOWNLOADS_ENV = "EDITKIT_DATA", "EDITKIT_DOWNLOADS"
+DATA_ENV = "EDITKIT_DATA"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,21 +167,6 @@ def fetch(
             f"Check the connection, or {advice}."
         ) from error
     return _checked(name, source, cached, "delete it")
-
-
-def download_dir() -> Path:
-    """Folder of downloaded files: EDITKIT_DOWNLOADS, else the user's cache folder."""
-    if os.environ.get(DOWNLOADS_ENV):
-        return Path(os.environ[DOWNLOADS_ENV])
-    import pooch
-
-    return Path(pooch.os_cache("editkit")) / "corpora"
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, of its content where it is compressed; read in blocks."""
-    with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _checked(name: str, source: Source, path: Path, remedy: str) -> Path:

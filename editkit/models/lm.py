@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base.errors import EditkitError, ModelError, NumericsError, RequestError
 from .architectures import ARCHITECTURES, ArchSpec
 from .batching import Encoding
+from .gguf import is_gguf, read_gguf
 from .hooks import hidden, submodule
 from .preflight import check_config, check_source
 
@@ -321,7 +322,7 @@ class LM:
 def _short_name(source: str) -> str:
     """Hub names stay; of a local directory only the last part: results must not hold machine paths."""
     path = Path(source)
-    return path.resolve().name if source and path.is_dir() else source
+    return path.resolve().name if source and path.exists() else source
 
 
 def _find_spec(model: PreTrainedModel) -> ArchSpec:
@@ -342,7 +343,8 @@ def load_lm(
 ) -> LM:
     """Load a causal LM by name or path, or wrap a loaded model.
 
-    model:     hub name, directory, or a loaded model (kept in its dtype unless `dtype` is given).
+    model:     hub name, directory, a GGUF file (dequantised, see `gguf`), or a loaded model (kept in its dtype unless
+               `dtype` is given).
     tokenizer: name, directory or object; default: the one stored with the model.
     dtype:     float32 by default when loading. bfloat16 is possible; edits then keep float32 masters of the
                edited matrices. float16 is refused.
@@ -353,7 +355,10 @@ def load_lm(
     Raises ModelError naming the fix.
     """
     source = model if isinstance(model, PreTrainedModel) else str(model)
-    if isinstance(source, str):
+    if isinstance(source, str) and is_gguf(source):
+        model, own = read_gguf(source, dtype or torch.float32, spec)
+        tokenizer = own if tokenizer is None else tokenizer
+    elif isinstance(source, str):
         check_source(source, dtype or torch.float32, spec, **kwargs)
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, **kwargs)

@@ -29,7 +29,7 @@ from .inputs import Prepared, changes, early_key, key, package_files
 from .layout import RESULTS, SCHEMA, SIDECAR, Layout
 from .provenance import git_state
 from .report import CACHE_DIR, PARAMETERS, RUN_DIR, WORK_DIR
-from .study import RunSpec, data_root, missing_files
+from .study import RunSpec, data_root, how_to_get, missing_files
 from .worker import DIED, FAILED, NO_START, OK, OOM_CODES, UNAVAILABLE
 
 CURRENT, WAITING = "current", "waiting"
@@ -105,7 +105,7 @@ def run_one(
     What became of a run that has no result is kept for the book (`Layout.outcome`).
     """
     if missing := missing_files(run.spec, layout.root):
-        outcome = Outcome(run.spec, UNAVAILABLE, f"needs {', '.join(missing)} (set EDITKIT_DATA)")
+        outcome = Outcome(run.spec, UNAVAILABLE, f"needs {', '.join(map(how_to_get, missing))}")
         return _kept(outcome, layout)
     with _alone(run, layout, report):
         if not force and not changes(run, layout):

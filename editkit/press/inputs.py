@@ -21,6 +21,7 @@ from typing import Any
 
 import nbformat
 
+from ..base.downloads import download_dir
 from ..base.errors import DataError
 from ..base.sources import (
     ABSENT,
@@ -32,14 +33,15 @@ from ..base.sources import (
     source_hash,
     tree_hash,
 )
+from ..models.pretrained import model_dir
 from . import notebook as nb
 from .layout import Layout, finished
 from .provenance import package_versions
-from .study import RunSpec, data_root, resolve_file
+from .study import RunSpec, data_root
 
 OLDER = "recorded before the key held all files"
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")  # opened by libraries that Python does not hear of
-_ELSEWHERE = ("data:", "downloads:", "hub:", "path:")
+_ELSEWHERE = ("data:", "model:", "downloads:", "hub:", "path:")
 # Variables with a meaning of their own here: what they lead to is in the key, or it cannot change a number.
 _OWN = {
     "EDITKIT_RUN_DIR",
@@ -143,18 +145,14 @@ def package_files() -> dict[str, str]:
 
 def early_key(run: Prepared, root: Path) -> str:
     """Key of what is known before a run: everything that it might read. Names its checkpoints."""
-    data = {name: _hash(name, root) for name in _declared(run, root)}
+    data = {name: _hash(name, root) for name in _declared(run)}
     folders = {p: tree_hash(Path(p)) for p in _given(run.parameters)}
     code = nb.code_hash(run.template), package_versions(), tree_hash(PACKAGE)
     return digest(json.dumps([run.parameters, data, folders, code], sort_keys=True))
 
 
-def _declared(run: Prepared, root: Path) -> list[str]:
-    names = {*run.spec.inputs, *run.spec.requires}
-    return sorted(
-        name if name.startswith("data:") else resolve_file(name, root).relative_to(root).as_posix()
-        for name in names
-    )
+def _declared(run: Prepared) -> list[str]:
+    return sorted({*run.spec.inputs, *run.spec.requires})
 
 
 def _given(parameters: dict[str, Any]) -> list[str]:
@@ -176,13 +174,13 @@ def key(run: Prepared, root: Path, seen: dict[str, Any]) -> dict[str, Any]:
         for name, file in seen["modules"].items()
         if _name(Path(file).resolve(), root, given) is None
     }
-    files = {name: _hash(name, root) for name in sorted({*names - {None}, *_declared(run, root)})}
+    files = {name: _hash(name, root) for name in sorted({*names - {None}, *_declared(run)})}
     texts = [path.read_text(encoding="utf-8") for path in sorted(sources) if path.is_file()]
     record = {
         "notebook": nb.code_hash(run.template),
         "parameters": digest(json.dumps(run.parameters, sort_keys=True)),
         "files": {
-            name: found for name, found in files.items() if found != ABSENT or name in _declared(run, root)
+            name: found for name, found in files.items() if found != ABSENT or name in _declared(run)
         },
         "packages": {name: _public(version) for name, version in seen["packages"].items()},
         "environment": _environment([*texts, *nb.cells_code(run.template)]),

@@ -111,7 +111,7 @@ def check_parameters(declared: dict[str, Declared], given: dict[str, Any], name:
 
 
 def _check_range(value: Any, declared: Declared, name: str) -> None:
-    """Numbers, also those in lists, are finite and above zero, or in the range at the end of the help: [0..], [0..1]."""
+    """Numbers, in lists too, are finite and above zero, or in the range that ends the help: [0..], [0..1]."""
     if isinstance(value, dict | list):
         inside = value.values() if isinstance(value, dict) else value
         free = dataclasses.replace(declared, help="[..]") if isinstance(value, dict) else declared

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 REPORTED_PACKAGES = (
-    "numpy", "scipy", "torch", "transformers", "tokenizers", "pandas", "scikit-learn", "matplotlib", "seaborn", "safetensors", "papermill",
-    "jupyter-book", "nltk",
+    "numpy", "scipy", "torch", "transformers", "tokenizers", "pandas", "scikit-learn", "matplotlib", "seaborn",
+    "safetensors", "papermill", "jupyter-book", "nltk",
 )  # fmt: skip
 
 

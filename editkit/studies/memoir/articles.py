@@ -46,7 +46,7 @@ def _told(world, name: str, rng: np.random.Generator, values: dict[str, str]) ->
 
 
 def _other(world, relation: str, subject: str, rng: np.random.Generator) -> str:
-    taken = {world.value(r.id, subject) for r in world.relations_of_subject(relation)}
+    taken = set(world.attributes(relation, subject).values())
     choices = [o for o in world.objects(relation) if o not in taken]
     return choices[rng.integers(len(choices))]
 
