@@ -34,7 +34,7 @@ else:
 
 @pytest.fixture
 def slow(tmp_path, monkeypatch):
-    """A study of a quick and a slow run, its process while the slow one executes, and the folder for temporary files."""
+    """A study of a quick and a slow run, what starts it and waits for the slow one, and the temporary folder."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     (tmp_path / "t").mkdir()
@@ -70,7 +70,7 @@ def test_a_killed_study_leaves_no_process_keeps_what_is_finished_and_resumes(slo
     assert not list((layout.scratch / "work").iterdir()), "checkpoints of a finished run are dropped"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system ends a kernel with its parent on Linux only")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels end with their parent on Linux only")
 def test_the_kernel_of_a_killed_worker_ends_and_its_folder_is_removed_by_the_next_run(slow):
     layout, begin, temporary = slow
     process, family = begin()

@@ -42,7 +42,7 @@ def figure(name="fig"):
 
 def test_everything_lands_in_the_results(run, frame):
     run.value(
-        "memit.efficacy", np.float64(0.98765), lo=0.9, hi=1.0, n=np.int64(100), fmt="%", note="ROME protocol", kind="exact"
+        "memit.efficacy", np.float64(0.98765), lo=0.9, hi=1.0, n=np.int64(100), fmt="%", note="ROME", kind="exact"
     )
     run.table("scores", frame, caption="Scores.", fmt={"score": ".1%"})
     run.figure("tradeoff", figure(), caption="A caption.", alt="A falling line.", data=frame)
@@ -53,7 +53,7 @@ def test_everything_lands_in_the_results(run, frame):
     results = json.loads((run.directory / "results.json").read_text())
     assert results["parameters"] == {"n": 3}
     assert results["values"]["memit.efficacy"] == {
-        "value": 0.98765, "lo": 0.9, "hi": 1.0, "n": 100, "unit": "", "note": "ROME protocol", "fmt": ".1%", "kind": "exact",
+        "value": 0.98765, "lo": 0.9, "hi": 1.0, "n": 100, "unit": "", "note": "ROME", "fmt": ".1%", "kind": "exact",
     }  # fmt: skip
     assert results["timings"]["edit"] >= 0
     assert pd.read_csv(run.directory / results["tables"]["scores"]["file"]).equals(frame)

@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def end_with_parent() -> None:
-    """Where the system can (Linux), have it kill this process when its parent ends; ipykernel itself looks every second."""
+    """On Linux, have the system kill this process when its parent ends; elsewhere ipykernel looks every second."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes
