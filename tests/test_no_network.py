@@ -35,7 +35,8 @@ PAGE = "# A tiny book\n\nThe corpus has {val}`corpus:clare.facts bare` facts; th
 def without_network() -> tuple[list[str], dict[str, str]]:
     """(command in front, environment): no interfaces where the system lets us, a proxy that refuses everywhere."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("EDITKIT_", "HF_")) and k.lower() != "no_proxy"}
-    env |= {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
+    proxies = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    env |= dict.fromkeys(proxies, "http://127.0.0.1:9")
     cut = ["unshare", "--map-root-user", "--net"]
     allowed = shutil.which("unshare") and subprocess.run([*cut, "true"], capture_output=True).returncode == 0
     return cut if allowed else [], env

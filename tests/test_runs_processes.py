@@ -135,3 +135,20 @@ def test_relative_folders_mean_what_they_mean_where_the_command_is_given(tmp_pat
     assert run_all([run], layout)[0].status == OK
     value = finished(layout, run.run_id)[0]["values"]["cache"]["value"]
     assert Path(value) == tmp_path / "my-cache"
+
+
+@pytest.mark.parametrize(
+    ("run", "book", "status", "built"),
+    [(0, 0, 0, True), (1, 0, 2, True), (0, 1, 2, True), (2, 0, 2, False), (130, 0, 2, False)],
+)
+def test_make_book_builds_the_book_also_after_a_failed_run(tmp_path, run, book, status, built):
+    """Not after a study that cannot be read, nor after Ctrl-C; make itself turns every failure into 2."""
+    program = tmp_path / "bin" / "editkit"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$1" >> "{tmp_path}/calls"\ntest "$1" = run && exit {run}\nexit {book}\n')
+    program.chmod(0o755)
+    root = Path(__file__).resolve().parents[1]
+    call = ["make", "-s", "-C", str(root), "book", f"VENV={tmp_path}", "INSTALLED=/dev/null"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / "calls").read_text().split() == (["run", "book"] if built else ["run"])

@@ -8,7 +8,7 @@ runs:
     parameters: {n_edits: 100}
     grid: {seed: [0, 1, 2]}          # one run per combination; the alias must tell them apart
     inputs: [notes.txt]              # files that count although the notebook does not open them itself
-    requires: [data:zsre/zsre.json]  # without these (data: below EDITKIT_DATA; model:smollm2, fetched) it is not available
+    requires: [data:zsre/zsre.json]  # without it not available here (data: below EDITKIT_DATA; model:smollm2: fetched)
     tags: [labyrinth]
     gpus: 0                          # resources, for the scheduler
     threads: 2
