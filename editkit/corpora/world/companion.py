@@ -276,7 +276,8 @@ on a 2-core CPU, Muon for the matrices of the blocks and AdamW for the rest, see
 **Editing** `editing.json` holds the site (from interchange interventions) and the options of each method; where
 they come from is on the book's page "The world and the model".
 
-**Hashes** in `sha256.json`, checked when the model is opened. No licence has been chosen for the project yet.
+**Hashes** in `sha256.json`, checked when the model is opened. Licence: MIT, as the project;
+the CLaRE corpus in its training text is MIT as well.
 """
     path = folder / "README.md"
     path.write_text(text)
