@@ -129,7 +129,7 @@ def verdict(results: list[str], counts: bool = False) -> str:
 def setting(sidecar: Mapping) -> tuple[str, int, int]:
     """(testbed, edits, seeds) of a run, by its parameters."""
     given = {p["name"]: p["value"] for p in sidecar.get("parameters", ())}
-    edits = given.get("n_edits") or given.get("counts") or 0
+    edits = next((given[name] for name in ("n_edits", "counts", "n_revised", "n_ripple") if given.get(name)), 0)
     edits = max(edits) if isinstance(edits, list) else edits
     return given.get("testbed") or given.get("model") or "companion", edits, len(given.get("seeds", [0]))
 
