@@ -73,7 +73,7 @@ class Ledger(companion.Base):
                 box += self.origin_line(bed[0])
         if row["page"] in self.env.found_docs:  # pages that are not in the contents are not built
             uri = self.env.app.builder.get_relative_uri(self.env.docname, row["page"])
-            box += nodes.paragraph("", "", self.link("page", uri), classes=["ek-entry-origin"])
+            box[-1] += [nodes.Text(" · "), self.link("page", uri)]
         return box
 
     def cells(self, line: Line) -> list:

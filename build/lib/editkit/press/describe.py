@@ -22,6 +22,8 @@ def describe(fig: Figure) -> str:
 
 
 def _panel(axes: Axes) -> str:
+    if not axes.axison:  # a drawing: positions in it mean nothing
+        return ""
     said = [*_lines(axes), *_bars(axes), *_clouds(axes), *_images(axes)]
     if not said:
         return ""
@@ -47,15 +49,21 @@ def _span(values) -> str:
 
 
 def _lines(axes: Axes) -> list[str]:
-    said = []
+    said, dots = [], []
     for i, line in enumerate(axes.get_lines()):
         xy = np.ma.filled(np.ma.asarray(line.get_xydata(), dtype=float), np.nan)
         xy = xy[np.isfinite(xy).all(axis=1)]
         if not len(xy) or line.get_transform() != axes.transData:  # guides across the panel are no data
             continue
+        if line.get_linestyle() == "None" and line.get_label().startswith("_"):
+            dots.append(xy)
+            continue
         (x0, y0), (x1, y1) = xy[0], xy[-1]
         name = _named(line.get_label(), i, "line")
         said.append(f"{name} {y0:.3g} at {x0:.3g}" + (f", {y1:.3g} at {x1:.3g}" if len(xy) > 1 else ""))
+    if dots:
+        x, y = np.concatenate(dots).T
+        said.append(f"{len(x)} points {_span(y)} at {_span(x)}")
     return said
 
 

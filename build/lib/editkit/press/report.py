@@ -258,8 +258,8 @@ class Run:
     ) -> FigureDisplay:
         """Record a figure as themed SVG, with the data behind it as CSV, and return its display.
 
-        caption: states model, n, seeds and protocol.   alt: what is drawn, for a drawing whose axes hold no data; all else
-        that a reader who cannot see it is told is made from what is drawn (`describe`).
+        caption: states model, n, seeds and protocol.   alt: what is drawn, for a drawing whose axes hold no data; all
+        else that a reader who cannot see it is told is made from what is drawn (`describe`).
         The matplotlib figure is closed, so that Jupyter does not show it a second time.
         """
         self._claim(name, self.figures)
@@ -283,9 +283,9 @@ class Run:
     def says(self, text: str) -> Says:
         """Record and display what came out, in words around recorded values; the last cell of a notebook.
 
-        text: "{key}" stands for a value with its interval, "{key bare}" without; "{a <> b}" for "more than", "less than" or
-        "not clearly different from", by whether the two intervals overlap ("equal to" where both print alike without
-        intervals). A sentence whose keys were not all recorded under these parameters is left out.
+        text: "{key}" stands for a value with its interval, "{key bare}" without; "{a <> b}" for "more than", "less
+        than" or "not clearly different from", by whether the two intervals overlap ("equal to" for equal numbers
+        without intervals). A sentence whose keys were not all recorded under these parameters is left out.
         """
         said = []
         for sentence in re.split(r"(?<=[.?!])\s+(?=[A-Z{])", " ".join(text.split())):
@@ -302,9 +302,10 @@ class Run:
         if not compared:
             key = first.removesuffix(" bare")
             return format_value(self.numbers[key], interval=key == first)
-        a, b = self.numbers[first], self.numbers[second]
-        low, high = ((r["value"] if r[end] is None else r[end] for r in (a, b)) for end in ("lo", "hi"))
-        (a_lo, b_lo), (a_hi, b_hi) = low, high
+        (a_lo, a_hi), (b_lo, b_hi) = (
+            [r["value"] if r[end] is None else r[end] for end in ("lo", "hi")]
+            for r in (self.numbers[first], self.numbers[second])
+        )
         if a_lo > b_hi:
             return "more than"
         if a_hi < b_lo:
