@@ -243,6 +243,12 @@ def test_long_code_is_folded_on_the_page_of_a_run(built):
     assert tags == [[], ["hide-input"], ["hide-cell"]]
 
 
+def test_the_page_of_a_run_says_first_what_came_out():
+    cells = [new_markdown_cell("# A\n\nWhat is asked."), new_code_cell("x = 1")]
+    shown = book.page(new_notebook(cells=cells), "demo", "A demo", ["One.", "Two."])
+    assert [c.source for c in shown.cells[:2]] == ["# A demo\n\nWhat is asked.", "**What came out.** One. Two."]
+
+
 def test_this_run_stands_beside_the_reference_run(built):
     """0.9871 ± 0.01 here, 0.95 ± 0.01 in the reference: intervals apart, said on the page and at the number."""
     page = soup(built[3], "intro.html")

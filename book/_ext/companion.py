@@ -330,6 +330,8 @@ class RunResults(Base):
         alias = self.arguments[0]
         sidecar, which = self.runs.find(alias)
         made: list[nodes.Node] = []
+        if sidecar.get("says"):
+            made.append(nodes.paragraph("", "What came out: " + " ".join(sidecar["says"])))
         if sidecar["values"]:
             body = [
                 [

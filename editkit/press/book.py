@@ -172,11 +172,15 @@ def _stage_run(alias: str, entry: dict, layout: Layout, source: Path) -> None:
     sidecar, folder = entry["run"], entry["folder"]
     for file in (SIDECAR, f"{sidecar['run_id']}.ipynb", *sidecar_files(sidecar)):
         shutil.copy2(folder / file, files / file)
-    nbformat.write(page(entry["notebook"], alias, sidecar["title"]), source / PAGES / f"{alias}.ipynb")
+    nbformat.write(page(entry["notebook"], alias, sidecar["title"], sidecar.get("says", ())), source / PAGES / f"{alias}.ipynb")
 
 
-def page(notebook: nbformat.NotebookNode, alias: str, title: str) -> nbformat.NotebookNode:
-    """The executed notebook as a page: title, table of the injected parameters, long code folded, provenance."""
+def page(
+    notebook: nbformat.NotebookNode, alias: str, title: str, says: Sequence[str] = ()
+) -> nbformat.NotebookNode:
+    """The executed notebook as a page: title and question, what came out (`says`), table of the injected parameters, long
+    code folded, provenance.
+    """
     new = nbformat.from_dict(json.loads(json.dumps(notebook)))
     cells = []
     for cell in new.cells:
@@ -193,6 +197,8 @@ def page(notebook: nbformat.NotebookNode, alias: str, title: str) -> nbformat.No
         cells.insert(0, _text("title", f"# {title or alias}"))
     elif title:
         heading.source = re.sub(r"^#\s.*", lambda _: f"# {title}", heading.source, count=1)
+    if says:
+        cells.insert(1, _text("says", f"**What came out.** {' '.join(says)}"))
     cells.append(_text("provenance", f"```{{provenance}} {alias}\n```"))
     new.cells = cells
     new.metadata.pop("papermill", None)

@@ -165,10 +165,10 @@ def tidy_log_axes(fig: Figure) -> None:
     Axes over more than three decades keep their powers of ten; ticks that a notebook has set itself stay.
     """
     from matplotlib.ticker import (
-        AutoLocator,
         FuncFormatter,
         LogFormatterSciNotation,
         LogLocator,
+        MaxNLocator,
         NullFormatter,
     )
 
@@ -182,7 +182,7 @@ def tidy_log_axes(fig: Figure) -> None:
         subs = (1.0, 2.0, 5.0) if high <= 100 * low else (1.0,)
         locator = LogLocator(subs=subs, numticks=20)
         inside = [t for t in locator.tick_values(low, high) if low <= t <= high]
-        axis.set_major_locator(locator if len(inside) > 2 else AutoLocator())
+        axis.set_major_locator(locator if len(inside) > 2 else MaxNLocator(4))
         axis.set_major_formatter(plain)
         axis.set_minor_formatter(NullFormatter())
 

@@ -7,7 +7,8 @@
     run.value("memit.efficacy", 0.987, lo=0.979, hi=0.993, n=100, fmt=".1%", kind="bootstrap")
     run.values(frame, "{method}.{axis}", x="mean", n="n_facts", fmt=".1%", kind="bootstrap")  # one a row
     run.table("scores", frame, caption="Scores after 100 edits.")
-    run.figure("tradeoff", fig, caption="...", alt="...", data=frame)
+    run.figure("tradeoff", fig, caption="...", data=frame)
+    run.says("MEMIT states {memit.efficacy} of the edits, {memit.efficacy <> ft.efficacy} fine-tuning's {ft.efficacy}.")
     run.finish()                               # last cell
 
 Under `editkit run` everything lands in the directory named by EDITKIT_RUN_DIR and becomes the run's sidecar;
@@ -28,13 +29,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.config import check_known
 from ..base.errors import ConfigError
-from .format import KINDS, MISSING, check_spec, format_number, format_value
+from .display import FigureDisplay, Says, Table
+from .format import KINDS, check_spec, format_value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,7 @@ RUN_DIR, WORK_DIR, CACHE_DIR, PARAMETERS = (
 )  # fmt: skip
 RESULTS = "results.json"
 _INJECTED = "# Parameters"  # first line of papermill's cell
+_QUOTE = re.compile(r"\{([^{}]+)\}")
 _KEY = re.compile(r"[A-Za-z0-9][\w.+@=-]*")
 
 
@@ -132,6 +134,7 @@ class Run:
         self.numbers: dict[str, dict] = {}
         self.tables: dict[str, dict] = {}
         self.figures: dict[str, dict] = {}
+        self.said: list[str] = []
         self.timings: dict[str, float] = {}
         self._started = time.perf_counter()
         self._scratch: Path | None = None
@@ -251,19 +254,23 @@ class Run:
         return Table(df, caption, formats)
 
     def figure(
-        self, name: str, fig: Figure, *, caption: str, alt: str, data: pd.DataFrame | None = None
+        self, name: str, fig: Figure, *, caption: str, alt: str = "", data: pd.DataFrame | None = None
     ) -> FigureDisplay:
         """Record a figure as themed SVG, with the data behind it as CSV, and return its display.
 
-        caption: states model, n, seeds and protocol.   alt: one sentence for a reader who cannot see it.
+        caption: states model, n, seeds and protocol.   alt: what is drawn, for a drawing whose axes hold no data; all
+        else that a reader who cannot see it is told is made from what is drawn (`describe`).
         The matplotlib figure is closed, so that Jupyter does not show it a second time.
         """
         self._claim(name, self.figures)
-        if not caption.strip() or not alt.strip():
-            raise ConfigError(f"figure {name!r} needs a caption and an alt text")
         import matplotlib.pyplot as plt
 
+        from .describe import describe
         from .plotting import themed_svg
+
+        alt = " ".join(filter(None, [alt.strip(), describe(fig)]))
+        if not caption.strip() or not alt:
+            raise ConfigError(f"figure {name!r} needs a caption, and an alt text where its axes hold no data")
 
         run_name = self.directory.name if self.directory else "figure"
         svg = themed_svg(fig, prefix=f"{run_name}-{name}", title=alt)
@@ -272,6 +279,38 @@ class Run:
         data_file = None if data is None else self._write(f"{name}.data.csv", data.to_csv(index=False))
         self.figures[name] = {"file": file, "data": data_file, "caption": caption, "alt": alt}
         return FigureDisplay(svg, caption)
+
+    def says(self, text: str) -> Says:
+        """Record and display what came out, in words around recorded values; the last cell of a notebook.
+
+        text: "{key}" stands for a value with its interval, "{key bare}" without; "{a <> b}" for "more than", "less
+        than" or "not clearly different from", by whether the two intervals overlap ("equal to" for equal numbers
+        without intervals). A sentence whose keys were not all recorded under these parameters is left out.
+        """
+        said = []
+        for sentence in re.split(r"(?<=[.?!])\s+(?=[A-Z{])", " ".join(text.split())):
+            keys = [
+                k.strip() for part in _QUOTE.findall(sentence) for k in part.removesuffix(" bare").split("<>")
+            ]
+            if all(k in self.numbers for k in keys):
+                said.append(_QUOTE.sub(lambda m: self._quoted(m[1]), sentence))
+        self.said += said
+        return Says(" ".join(said))
+
+    def _quoted(self, part: str) -> str:
+        first, compared, second = (p.strip() for p in part.partition("<>"))
+        if not compared:
+            key = first.removesuffix(" bare")
+            return format_value(self.numbers[key], interval=key == first)
+        (a_lo, a_hi), (b_lo, b_hi) = (
+            [r["value"] if r[end] is None else r[end] for end in ("lo", "hi")]
+            for r in (self.numbers[first], self.numbers[second])
+        )
+        if a_lo > b_hi:
+            return "more than"
+        if a_hi < b_lo:
+            return "less than"
+        return "equal to" if a_lo == a_hi and b_lo == b_hi else "not clearly different from"
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -298,6 +337,7 @@ class Run:
             "values": self.numbers,
             "tables": self.tables,
             "figures": self.figures,
+            "says": self.said,
             "timings": {name: round(t, 4) for name, t in self.timings.items()},
             "notebook_seconds": round(seconds, 3),
             "processor_seconds": round(time.process_time(), 1),  # all threads, imports included: independent of load
@@ -343,48 +383,3 @@ def _number(key: str, x: Any) -> float | int | str | bool | None:
     if math.isinf(x):
         return "inf" if x > 0 else "-inf"
     return int(x) if isinstance(x, numbers.Integral) else float(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Display of a recorded table; plain HTML that takes the page's theme."""
-
-    df: pd.DataFrame
-    caption: str
-    formats: dict[str, str]
-
-    def _cell(self, column: str, x: Any) -> tuple[str, bool]:
-        if hasattr(x, "item"):
-            x = x.item()
-        numeric = isinstance(x, numbers.Real) and not isinstance(x, bool)
-        if not numeric and not isinstance(x, (str, bool, type(None))):
-            return str(x), False
-        return format_number(x, self.formats.get(column)), numeric
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(str(c))}</th>" for c in self.df.columns)
-        rows = []
-        for row in self.df.itertuples(index=False, name=None):
-            cells = (self._cell(str(c), x) for c, x in zip(self.df.columns, row, strict=True))
-            rows.append("".join(f"<td{' class=num' * num}>{escape(text)}</td>" for text, num in cells))
-        body = "".join(f"<tr>{r}</tr>" for r in rows)
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
-        table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f'<div class="ek-table">{table}</div>'
-
-    def __repr__(self) -> str:
-        return (self.caption + "\n" if self.caption else "") + self.df.to_string(index=False, na_rep=MISSING)
-
-
-@dataclasses.dataclass(frozen=True)
-class FigureDisplay:
-    """Display of a recorded figure: inline SVG with its caption."""
-
-    svg: str
-    caption: str
-
-    def _repr_html_(self) -> str:
-        return f'<figure class="ek-figure">{self.svg}<figcaption>{escape(self.caption)}</figcaption></figure>'
-
-    def __repr__(self) -> str:
-        return f"[figure] {self.caption}"
