@@ -223,3 +223,31 @@ def test_a_result_of_before_is_stale(done):
         assert changes(run, done) == [inputs.OLDER]
     finally:
         path.write_text(text)
+
+
+def test_a_hub_model_counts_by_its_weights_and_by_what_main_is(tmp_path, monkeypatch):
+    """Weights are opened by a library that Python does not hear of; a new revision moves `refs/main`."""
+    import huggingface_hub.constants
+
+    (tmp_path / "p").mkdir()
+    layout = make_project(tmp_path / "p", good="run.value('a', 1)")
+    hub = tmp_path / "hub"
+    model = hub / "models--a--b"
+    for folder in ("refs", "blobs", "snapshots/r1"):
+        (model / folder).mkdir(parents=True)
+    (model / "refs" / "main").write_text("r1")
+    for name, blob in (("config.json", "c1"), ("model.safetensors", "w1")):
+        (model / "blobs" / blob).write_text(blob)
+        (model / "snapshots" / "r1" / name).symlink_to(model / "blobs" / blob)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    [run] = load(layout)
+    opened = [str(model / "refs" / "main"), str(model / "snapshots" / "r1" / "config.json")]
+    key = inputs.key(run, layout.root, {"opened": opened, "modules": {}, "packages": {}})
+    base = "hub:models--a--b/"
+    assert key["files"][f"{base}snapshots/r1/model.safetensors"] == "w1"  # named by content, not read
+    assert inputs.stale(key, run.template, run.parameters, layout.root) == []
+    (model / "refs" / "main").write_text("r2")
+    assert inputs.stale(key, run.template, run.parameters, layout.root) == [f"{base}refs/main changed"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    assert len(inputs.stale(key, run.template, run.parameters, layout.root)) == 3
+    assert inputs.stale(key, run.template, None, layout.root) == []  # a reference, on a machine without the model
