@@ -15,7 +15,7 @@ from editkit.base.errors import DataError
 from editkit.base.sources import PACKAGE
 from editkit.press import execute, inputs
 from editkit.press.execute import CURRENT, FAILED, OK, run_all
-from editkit.press.inputs import changes, early_key
+from editkit.press.inputs import changes
 from editkit.press.layout import finished, read_sidecar
 from editkit.press.reference import collect
 
@@ -115,11 +115,12 @@ def test_package_data_packages_and_variables_count(done, monkeypatch):
 
 def test_checkpoints_are_dropped_when_the_package_has_changed(done, monkeypatch):
     [run] = load(done)
-    before = early_key(run, done.root)
-    assert early_key(run, done.root) == before
+    before = execute._work_dir(run, done)
+    (before / "checkpoint").write_text("half way")
+    assert execute._work_dir(run, done) == before and (before / "checkpoint").exists()
     real = inputs.tree_hash
     monkeypatch.setattr(inputs, "tree_hash", lambda p: "another" if p == PACKAGE else real(p))
-    assert early_key(run, done.root) != before
+    assert execute._work_dir(run, done) != before and not before.exists()
 
 
 def test_dirty_is_judged_by_what_was_read_and_never_turns_clean_by_itself(done):
