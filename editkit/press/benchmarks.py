@@ -34,58 +34,7 @@ class Row:
     spec: str = ".1f"
 
 
-_ENGINE = "engines/inverse/speed_up_processor_time/"
-_BATCH, _ALONE = "speed_up_processor_time/", "one text at a time, whole model"
-_PAIRS, _PRODUCT = "widths/{}/ratio/processor/top_k/of_medians", "bare product of all pairs"
-_FILES = "steps/{}/speed_up/files / memory, known facts (processor)"
-_READ = "processor_seconds/{}/ratio"
-_RECURSIVE, _STREAM = "recursive_d4096", "a batch of 100, d = 4,096"
-_MEMOIR, _PLAIN = "edits/15000/batch 32/{}/overhead", "forward pass without memory"
-ROWS = (
-    Row("targets", "targets of 100 facts", "one fact at a time, as released", "speed_up_processor_time", "8"),
-    Row("batching", "keys of 100 facts", _ALONE, _BATCH + "keys"),
-    Row("batching", "second moment of 300 texts", _ALONE, _BATCH + "covariance"),
-    Row("batching", "evaluation of 200 answers", _ALONE, _BATCH + "evaluation"),
-    Row("reading", "free texts of 12 facts", "one fact at a time", _READ.format("free texts")),
-    Row(
-        "reading",
-        "unedited model, for 4 methods",
-        "read anew for each",
-        _READ.format("unedited model, 4 methods"),
-    ),
-    Row(
-        "reading", "second moment of 1,000 texts", "full products", _READ.format("second moments, one layer")
-    ),
-    Row("reading", "300 greedy continuations", "in the given order", _READ.format("greedy continuations")),
-    Row(_RECURSIVE, _STREAM, "AlphaEdit as released (LU)", _ENGINE + "released_alphaedit", "10"),
-    Row(_RECURSIVE, _STREAM, "MEMIT with history as released (LU)", _ENGINE + "released_memit_seq", "10"),
-    Row(_RECURSIVE, _STREAM, "one-time solution (Cholesky)", _ENGINE + "one_time"),
-    Row(_RECURSIVE, _STREAM, "one Cholesky and two solves", _ENGINE + "lean_cholesky"),
-    Row("hypernet_cache_companion", "HORSE, a step of 32 facts", "rows in files", _FILES.format(32)),
-    Row("hypernet_cache_companion", "HORSE, a step of 128 facts", "rows in files", _FILES.format(128)),
-    Row(
-        "all_pairs",
-        "graph of 11,427 facts, width 256",
-        _PRODUCT,
-        _PAIRS.format(256),
-        "",
-        "times its time",
-        ".2f",
-    ),
-    Row(
-        "all_pairs",
-        "graph of 11,427 facts, width 1,024",
-        _PRODUCT,
-        _PAIRS.format(1024),
-        "",
-        "times its time",
-        ".2f",
-    ),
-    Row(
-        "memoir_lookup", "MEMOIR, 15,000 edits, bypassed", _PLAIN, _MEMOIR.format("miss"), "", "on top", ".1%"
-    ),
-    Row("memoir_lookup", "MEMOIR, 15,000 edits, read", _PLAIN, _MEMOIR.format("hit"), "", "on top", ".1%"),
-)
+ROWS = tuple(Row(**row) for row in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")))
 
 
 def load(folder: Path) -> dict[str, dict]:
