@@ -49,7 +49,7 @@ def rows(path: str | Path = FACTS) -> tuple[list[tuple[str, str, str, str]], dic
         lines = gzip.decompress(path.read_bytes()).decode().rstrip("\n").split("\n")
         left_out = json.loads(lines[0].removeprefix("# "))
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise DataError(f"cannot read the table of facts {path.name}: {error}; restore it from the repository") from error
+        raise DataError(f"cannot read the facts in {path.name}: {error}; restore it from the repository") from error
     if lines[1].split("\t") != _HEAD:
         raise DataError(f"{path.name} line 2: expected the columns {', '.join(_HEAD)}, got {lines[1]!r}")
     known, seen, found = relations(), {}, []
