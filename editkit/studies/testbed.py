@@ -192,7 +192,7 @@ class CorpusTestbed(Testbed):
         return [join(template.replace('{}', subject), answer) for template, subject, answer in rows]
 
     def texts(self):
-        return list(self.own_texts) or [f"{f.text} {f.target_true}" for f in self.requests if f.target_true]
+        return list(self.own_texts) or [join(f.text, f.target_true) for f in self.requests if f.target_true]
 
     def held_out(self, n, seed=1):
         texts = self.texts()
