@@ -77,6 +77,9 @@ ROWS = (
     Row(
         "memoir_lookup", "MEMOIR, 15,000 edits, bypassed", _PLAIN, _MEMOIR.format("miss"), "", "on top", ".1%"
     ),
+    Row("try_it", "forward pass of the page Try it", "a second of the browser", "per_second/passes", "60", "passes a second", ".0f"),
+    Row("try_it", "stream of 300 edits on the page, read again after every batch", "a second of the browser",
+        "per_second/edits", "20", "edits a second", ".0f"),
     Row("memoir_lookup", "MEMOIR, 15,000 edits, read", _PLAIN, _MEMOIR.format("hit"), "", "on top", ".1%"),
 )
 
