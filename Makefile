@@ -42,7 +42,7 @@ $(INSTALLED):
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with the venv module is needed; none was found on the PATH." \
 		"Install one (Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,real]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 lint: $(INSTALLED)

@@ -29,7 +29,7 @@ from editkit.models.lookup import find_positions
 from editkit.press.provenance import git_state, hardware, package_versions
 from editkit.scoring import score_targets
 from editkit.scoring.engine import split_tokens
-from editkit.studies.labyrinth.bench import open_bench
+from editkit.studies.bench import open_bench
 
 
 def input_of(lm: LM, encoding, layer: int) -> Tensor:

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from editkit.base.errors import ConfigError, DataError
-from editkit.corpora.world.world import World
 from editkit.locate.contexts import ContextTemplates
 from editkit.locate.moments import Covariance
 from editkit.methods import make_editor
 from editkit.models.facts import Probe
 from editkit.press.plotting import NEUTRAL
 from editkit.scoring import Baseline
+from editkit.studies.arms import ARMS, arm_named, check_arms
+from editkit.studies.bench import Bench
 from editkit.studies.compare import analysis, lineage, measure
-from editkit.studies.compare.methods import METHODS, check_methods, hypernetworks, make_method
-from editkit.studies.labyrinth.bench import ARMS, Bench
-from editkit.studies.memoir import arms
+from editkit.studies.compare.measure import METHODS, make_method
+from editkit.studies.testbed import CorpusTestbed
 
 OPTIONS = {"layers": (0, 1), "token": "last", "lam": 5.0, "z_steps": 3, "z_lr": 0.5, "z_clamp_factor": 4.0}
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]
@@ -44,8 +44,7 @@ def bench(tiny_lm, facts) -> Bench:
     probe = (Probe("The weather in Paris is", "fine"),)
     facts = [f.replace(paraphrases=(f"Today {f.text}",), neighborhood=probe) for f in facts]
     return Bench(
-        lm, World(seed=0, n_people=20, n_companies=4), "own", facts, OPTIONS,
-        {k: v for k, v in OPTIONS.items() if k != "lam"} | {"threshold": 10.0}, statistics,
+        CorpusTestbed(lm, "own", "", tuple(facts)), facts, {**OPTIONS, "threshold": 10.0}, statistics,
         ContextTemplates((("{}",),)), lm.fingerprint(),
         bystanders=[("The old city of {} is", "Vienna", "fine"), ("{} is near", "Rome", "the river")],
     )  # fmt: skip
@@ -58,24 +57,20 @@ def exam_of(bench, axes=("efficacy", "paraphrase", "neighborhood")):
     )  # fmt: skip
 
 
-def test_every_method_has_an_origin():
-    for name, method in METHODS.items():
-        if method.source == "bench":
-            assert method.arm in ARMS
-        elif method.source == "lifelong":
-            assert method.arm in arms.ARMS
-        assert method.at_once in ("", "stream") or METHODS[method.at_once].at_once == ""
-        assert method.look.label == method.label and (name == "unedited" or method.look.color != NEUTRAL), (
-            name
-        )
-    assert len({(m.look.label) for m in METHODS.values()}) == len(METHODS)
+def test_every_arm_is_drawn_and_equals_what_it_says():
+    for name, arm in ARMS.items():
+        assert arm.at_once in ("", "stream") or ARMS[arm.at_once].at_once == ""
+        assert arm.look.label == arm.label and (name == "unedited" or arm.look.color != NEUTRAL), name
+    assert len({arm.label for arm in ARMS.values()}) == len(ARMS) and set(METHODS) <= set(ARMS)
 
 
-@pytest.mark.parametrize("name", [m for m, x in METHODS.items() if x.at_once and x.source == "bench"])
+@pytest.mark.parametrize(
+    "name", [m for m in METHODS if ARMS[m].at_once and ARMS[m].needs == "moments" and m != "rome"]
+)
 def test_in_one_batch_two_variants_are_the_same(bench, name):
     weights = []
-    for method in (name, METHODS[name].at_once):
-        editor = make_method(bench, method, background=TEXTS, networks={})
+    for method in (name, ARMS[name].at_once):
+        editor = make_method(bench, method, TEXTS, {}, {})
         editor.edit(bench.facts)
         weights.append({k: bench.lm.parameter(k).detach().clone() for k in editor.parameter_names()})
         editor.restore()
@@ -85,7 +80,7 @@ def test_in_one_batch_two_variants_are_the_same(bench, name):
 def test_history_matters_in_the_second_batch(bench):
     found = []
     for method in ("memit", "memit-seq"):
-        editor = make_method(bench, method, background=TEXTS, networks={})
+        editor = make_method(bench, method, TEXTS, {}, {})
         editor.edit(bench.facts[:2])
         editor.edit(bench.facts[2:])
         found.append(bench.lm.get_matrix(0).clone())
@@ -93,14 +88,12 @@ def test_history_matters_in_the_second_batch(bench):
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize(
-    "name", [m for m, x in METHODS.items() if x.at_once == "stream" and x.arm in MEMORIES]
-)
+@pytest.mark.parametrize("name", [m for m, x in ARMS.items() if x.at_once == "stream" and x.kind == "memory"])
 def test_memories_write_one_fact_after_the_other(tiny_lm, facts, name):
     lm, states = tiny_lm("llama"), []
-    arm = arms.ARMS[METHODS[name].arm]
+    arm = ARMS[name]
     for size in (1, 4):
-        options = {**arm.options, **MEMORIES[METHODS[name].arm]}
+        options = {**MEMORIES.get(name, MEMORIES.get(arm.editor)), **arm.options}
         editor = make_editor(arm.editor, lm, background=TEXTS, **options)
         for i in range(0, 4, size):
             editor.edit(facts[i : i + size])
@@ -211,15 +204,15 @@ def test_agreement_and_balance_by_hand():
 
 
 def test_unknown_and_repeated_methods_are_refused(bench):
-    assert check_methods(["memit", "ft-l", "unedited"]) == ["unedited", "ft-l", "memit"]
-    assert hypernetworks(["horse", "memit"]) == ["horse"]
+    assert check_arms(["memit", "ft-l", "unedited"]) == ["unedited", "ft-l", "memit"]
+    assert [m for m in ("horse", "memit") if arm_named(m).needs == "training"] == ["horse"]
     with pytest.raises(ConfigError, match="twice"):
-        check_methods(["memit", "memit"])
+        check_arms(["memit", "memit"])
     with pytest.raises(ConfigError, match="memit"):
-        check_methods(["memitt"])
+        check_arms(["memitt"])
     for name in ("horse", "unedited"):
         with pytest.raises(ConfigError):
-            make_method(bench, name, background=TEXTS, networks={})
+            make_method(bench, name, TEXTS, {}, {})
 
 
 def test_lineage_is_consistent_and_drawn(tmp_path):
@@ -231,7 +224,7 @@ def test_lineage_is_consistent_and_drawn(tmp_path):
         assert {w["cite"] for w in found["works"]} <= set(keys)
     assert {w["run"] for w in found["works"]} - {""} <= set(METHODS)
     here = {w["run"] for w in found["works"]}
-    alike = {"unedited", "ft-m", "retrieval", "retrieval-tokens", "memoir-0.4"}  # not a work of their own
+    alike = {"unedited", "ft-m", "retrieval", "retrieval-tokens", "memoir-paper"}  # not a work of their own
     variants = {m for m in METHODS if m.endswith(("-naive", "-compensated"))}
     assert set(METHODS) - here <= alike | variants
     spots = lineage.places(found)

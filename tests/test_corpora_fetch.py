@@ -5,6 +5,7 @@ import hashlib
 
 import pytest
 
+from editkit.base.downloads import DOWNLOADS_ENV
 from editkit.base.errors import DataError
 from editkit.corpora import command, fetch
 
@@ -32,7 +33,7 @@ def refuse(url, output_file, pooch):
 def places(tmp_path, monkeypatch):
     """An empty download folder, and no offline folder."""
     monkeypatch.delenv(fetch.DATA_ENV, raising=False)
-    monkeypatch.setenv(fetch.DOWNLOADS_ENV, str(tmp_path / "downloads"))
+    monkeypatch.setenv(DOWNLOADS_ENV, str(tmp_path / "downloads"))
     return tmp_path
 
 

@@ -18,7 +18,6 @@ from editkit.entanglement.plans import (
     DIRECTIONS,
     Memory,
     delta_shift,
-    first_tokens,
     memories,
     plan_edits,
     probe_representations,
@@ -26,6 +25,7 @@ from editkit.entanglement.plans import (
 from editkit.entanglement.ripple import MEASURES, SharedTargets, Watch, check_pairs, choose, measure, overview
 from editkit.linear.normal import alphaedit_update, memit_update, null_projector, rome_direction, rome_update
 from editkit.locate.keys import compute_keys, read_states
+from editkit.locate.patching import first_answer_ids
 from editkit.locate.sites import Site
 from editkit.methods import make_editor
 from editkit.models.facts import Fact
@@ -186,7 +186,7 @@ def test_gradient_points_where_the_probability_rises():
     lm = make_lm("llama")
     rows = [(f.prompt, f.subject) for f in EDITS]
     g = _Run(lm, rows, "last", 2, 1).gradient(EDITS, 0)
-    tokens = first_tokens(lm, [f.target for f in EDITS])
+    tokens = first_answer_ids(lm, [f.pair for f in EDITS]).tolist()
 
     def said(step):
         from editkit.models.hooks import pick, trace
@@ -481,23 +481,20 @@ def test_rules_are_recorded():
 
 @pytest.fixture(scope="module")
 def setting():
-    from editkit.corpora.world import load_companion, load_world
     from editkit.locate.contexts import ContextTemplates
-    from editkit.studies import testbed
-    from editkit.studies.clare.trial import Setting
+    from editkit.studies.bench import Bench
+    from editkit.studies.testbed import open_testbed
 
-    lm = load_companion()
-    layers = testbed.preset(lm)["layers"]
-    options = {name: testbed.preset(lm, name) for name in ("memit", "alphaedit", "rome")}
+    bed = open_testbed("companion")
     few = {"z_steps": 2, "threshold": 2.0}
-    options = {name: {**o, **{k: v for k, v in few.items() if k in o}} for name, o in options.items()}
-    return Setting(lm, load_world(), options, identity_statistics(lm, layers), ContextTemplates())
+    moments = identity_statistics(bed.lm, [1, 2, 3])
+    return Bench(bed, [], few, moments, ContextTemplates(), bed.lm.fingerprint())
 
 
 def test_a_trial_predicts_and_measures(setting):
     from editkit.entanglement.predictors import PREDICTORS
     from editkit.studies.clare.ablation import ablate
-    from editkit.studies.clare.trial import ARMS, pair_kinds, separation, wanted, world_trial
+    from editkit.studies.clare.trial import ARMS, SINGLE, pair_kinds, separation, wanted, world_trial
 
     before = setting.lm.fingerprint()
     trial = world_trial(setting, 2, 12, seed=5)
@@ -511,13 +508,12 @@ def test_a_trial_predicts_and_measures(setting):
     # With the targets known, the plan of one layer is the update itself.
     assert np.allclose(own["whitened-targets"], own["written"], rtol=1e-2, atol=1e-5)
     assert np.argsort(own["whitened"][0]).tolist() == np.argsort(own["whitened-targets"][0]).tolist()
-    assert [len(setting.editor(arm).config.layers) == 1 for arm in ARMS] == [
-        single for _, _, single in ARMS.values()
-    ]
+    editors = [setting.editor(arm, shared=False) for arm in ARMS.values()]
+    assert [len(editor.config.layers) == 1 for editor in editors] == [arm in SINGLE for arm in ARMS]
     assert setting.lm.fingerprint() == before
     labels, kinds = (
-        wanted(setting.world, trial.edits, trial.probes),
-        pair_kinds(setting.world, trial.edits, trial.probes),
+        wanted(setting.testbed.world, trial.edits, trial.probes),
+        pair_kinds(setting.testbed.world, trial.edits, trial.probes),
     )
     assert ((kinds == "edit") <= (labels == "wanted")).all()
     assert (labels == "wanted").any()

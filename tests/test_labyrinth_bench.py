@@ -11,20 +11,13 @@ from editkit.corpora.world.world import World
 from editkit.locate.contexts import ContextTemplates
 from editkit.locate.moments import Covariance
 from editkit.models.facts import Fact, Probe
-from editkit.studies.labyrinth.bench import ARMS, Bench, split_facts, untouched
+from editkit.studies.arms import ARMS
+from editkit.studies.bench import Bench
 from editkit.studies.labyrinth.health import Checkup, states, watch
 from editkit.studies.labyrinth.revisions import state_gap
-from editkit.studies.labyrinth.streams import (
-    Keep,
-    arm_scores,
-    edit_stream,
-    kept_stream,
-    paired_gain,
-    paper_row,
-    pipeline_gap,
-    scores_now,
-    spread,
-)
+from editkit.studies.labyrinth.scores import paired_gain, paper_row, pipeline_gap, scores_now
+from editkit.studies.streams import Keep, edit_stream, kept_stream, spread
+from editkit.studies.testbed import CorpusTestbed, TableTestbed
 
 OPTIONS = {"layers": (0, 1), "token": "last", "lam": 5.0, "z_steps": 4, "z_lr": 0.5, "z_clamp_factor": 4.0}
 
@@ -40,14 +33,18 @@ def bench(tiny_lm, facts) -> Bench:
     probes = (Probe("The weather in Paris is", "fine"),)
     facts = [f.replace(paraphrases=(f"Today {f.text}",), neighborhood=probes) for f in facts]
     return Bench(
-        lm, World(seed=0, n_people=20, n_companies=4), "own", facts, OPTIONS,
-        {k: v for k, v in OPTIONS.items() if k != "lam"} | {"threshold": 10.0}, statistics,
+        CorpusTestbed(lm, "own", "", tuple(facts)), facts, {**OPTIONS, "threshold": 10.0}, statistics,
         ContextTemplates((("{}",), ("You can see. {}",))), lm.fingerprint(),
         bystanders=[("The old city of {} is", "Vienna", "fine"), ("{} is near", "Rome", "the river")],
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arm", list(ARMS))
+LOCATE = [
+    name for name, arm in ARMS.items() if arm.family == "locate" and name != "rome"
+]  # rome takes one fact a time
+
+
+@pytest.mark.parametrize("arm", LOCATE)
 def test_every_arm_edits_and_restores(bench, arm):
     bench.prepare()
     editor = bench.editor(arm)
@@ -95,7 +92,10 @@ def test_one_layer_bare_prompt_and_fixed_targets_equal_one_time_editing(bench):
 
 def test_scores_in_the_papers_form(bench):
     bench.prepare()
-    rows, text = arm_scores(bench, "memit-seq", 2)
+    editor = bench.editor("memit-seq")
+    edit_stream(editor, bench.facts, 2)
+    rows, text = scores_now(bench, bench.facts)
+    editor.restore()
     before, _ = scores_now(bench, bench.facts)
     row = paper_row(rows, text, "rome", n_boot=50)
     assert set(row) == {"Eff", "Gen", "Spe"}
@@ -171,7 +171,7 @@ def test_kept_streams_differ_by_all_that_decides_them(bench, tmp_path):
 
 
 def test_state_gap_closes_when_a_fact_is_written(bench):
-    bench.options = {**OPTIONS, "lam": 1e-3}
+    bench.over = {**OPTIONS, "lam": 1e-3}
     bench.prepare()
     pairs = [(f.prompt, f.subject, f.target) for f in bench.facts]
     before = states(bench, pairs)
@@ -221,18 +221,20 @@ def test_unknown_arms_are_refused(bench):
 def test_bystanders_of_a_corpus_have_other_subjects():
     facts = [Fact("{} lives in", f"S{i // 2}", "A", "B", case_id=str(i)) for i in range(8)]
     facts += [Fact("{} works in", f"S{i}", "A", "B", case_id=f"w{i}") for i in range(4)]
-    chosen, rest = split_facts(facts, 2, 10)
-    assert [f.subject for f in chosen] == ["S0", "S1"]
-    assert {s for _, s, _ in rest} == {"S2", "S3"}
+    bed = CorpusTestbed(None, "own", "", tuple(facts))
+    chosen = bed.edits(2, 0)
+    rest = bed.untouched(chosen, 10, 0)
+    assert len({(f.prompt, f.subject) for f in chosen}) == 2
+    assert rest and not {s for _, s, _ in rest} & {f.subject for f in chosen}
     with pytest.raises(DataError, match="8 usable facts"):
-        split_facts(facts, 9, 0)
+        bed.edits(9, 0)
 
 
 def test_no_edit_touches_a_bystander():
     world = World(seed=0, n_people=20, n_companies=4)
     facts = edit_facts(world, 12, 0)
     touched = {c.key for f in facts for c in changes(world, f.relation, f.subject, f.target)}
-    rows = untouched(world, facts, 100, 0)
+    rows = TableTestbed(None, "world", ".", world).untouched(facts, 100, 0)
     assert len(rows) == 100
     asked = {(t, s) for t, s, _ in rows}
     for relation, subject in touched:

@@ -13,11 +13,11 @@ from editkit.studies.labyrinth.health import (
     downstream,
     drift,
     first_metric,
-    held_out_texts,
     recall,
     text_perplexity,
 )
 from editkit.studies.labyrinth.revisions import read_back, revision_stream, write_round
+from editkit.studies.testbed import TableTestbed
 
 
 def test_drift_of_a_moved_and_of_a_turned_cloud():
@@ -56,7 +56,7 @@ def test_recall_agrees_with_greedy_generation(tiny_lm):
 
 def test_held_out_people_are_not_in_the_world():
     world = World(seed=0, n_people=20, n_companies=4)
-    texts = held_out_texts(world, 7)
+    texts = TableTestbed(None, "world", ".", world).held_out(7)
     assert len(texts) == 7
     assert not any(name in text for name in world.people for text in texts)
 

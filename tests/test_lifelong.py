@@ -10,14 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
-from editkit.base.errors import ConfigError, DataError, RequestError
+from editkit.base.errors import ConfigError, RequestError
 from editkit.corpora import selfcheck, temporal
 from editkit.corpora.world import World
 from editkit.methods import make_editor
 from editkit.methods.contract import check_memory_editor
 from editkit.models.facts import Probe
-from editkit.studies import published
-from editkit.studies.memoir import arms, articles, data, streams
+from editkit.studies import arms, published, testbed
+from editkit.studies.memoir import articles, data, streams
+from editkit.studies.streams import Keep, edit_stream
 
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]
 SMALL = {
@@ -55,7 +56,7 @@ def test_hallucination_records(world, tmp_path):
     assert second["prompt"].startswith(f"{first['prompt']} {first['target_new']}")
     for r in records:
         assert r["subject"] in r["prompt"] and r["prompt"].endswith(".") and r["target_new"].endswith(".")
-        true = {v for q in world.relations_of_subject("born_in") if (v := world.value(q.id, r["subject"]))}
+        true = set(world.attributes("born_in", r["subject"]).values())
         new = r["target_new"].rstrip(".")
         assert not any(new.endswith(value) for value in true), (r, true)
     facts = articles.as_facts(records, selfcheck.load, tmp_path, "x-")
@@ -75,19 +76,10 @@ def test_temporal_records(world, tmp_path):
 
 
 def test_background_is_about_nothing_that_is_edited(world):
-    made = data._generated(world, lambda s: articles_facts(world, s), [1], 30)
-    facts, texts = made[1]
-    assert (
-        len(texts) == 30
-        and texts == data._generated(world, lambda s: articles_facts(world, s), [1], 30)[1][1]
-    )
+    bed = testbed.TableTestbed(None, "world", ".", world)
+    facts, texts = data.question_streams(bed, 4, [1], n_background=30)[1]
+    assert len(texts) == 30 and texts == data.question_streams(bed, 4, [1], n_background=30)[1][1]
     assert not any(f.subject in t for f in facts for t in texts if t.startswith(f.subject))
-
-
-def articles_facts(world, seed):
-    from editkit.corpora.world.records import edit_facts
-
-    return edit_facts(world, 4, seed, n_paraphrases=1, n_neighbors=1, n_locality=2, n_same_subject=0)
 
 
 def test_summary_averages_the_axes_of_each_fact():
@@ -122,13 +114,13 @@ def test_stream_scores(tiny_lm, facts, name):
 
 @pytest.mark.parametrize("name", ["loka", "grace"])
 def test_a_killed_stream_goes_on(tiny_lm, facts, tmp_path, name):
-    lm, path = tiny_lm("llama"), tmp_path / "stream.safetensors"
+    lm, keep = tiny_lm("llama"), Keep(tmp_path, "stream", seconds=0)
 
     def make():
         return make_editor(name, lm, background=TEXTS, **SMALL[name])
 
     whole = make()
-    streams.edit_one_by_one(whole, facts, [4], lambda n: None)
+    edit_stream(whole, facts[:4])
     expected = whole.state_dict()
     whole.restore()
 
@@ -137,22 +129,22 @@ def test_a_killed_stream_goes_on(tiny_lm, facts, tmp_path, name):
 
     killed = make()
     with pytest.raises(KeyboardInterrupt):
-        streams.edit_one_by_one(killed, facts, [2, 4], die, checkpoint=path, every=1)
+        edit_stream(killed, facts[:4], checkpoint=die, at=[2, 4], keep=keep)
     killed.restore()
     seen: list[int] = []
     again = make()
-    streams.edit_one_by_one(again, facts, [2, 4], seen.append, checkpoint=path)
+    edit_stream(again, facts[:4], checkpoint=seen.append, at=[2, 4], keep=keep)
     assert seen == [2, 4]
     assert all(torch.equal(again.state_dict()[k], v) for k, v in expected.items())
     again.restore()
 
 
 def test_a_finished_stream_is_not_edited_again(tiny_lm, facts, tmp_path):
-    lm, path = tiny_lm("llama"), tmp_path / "retrieval-1.safetensors"
+    lm, keep = tiny_lm("llama"), Keep(tmp_path, "retrieval-1", forget=False)
 
     def scores():
         editor = make_editor("retrieval", lm, background=TEXTS, layer=0)
-        return streams.stream_scores(lm, editor, stream_facts(facts), [1, 3], checkpoint=path)
+        return streams.stream_scores(lm, editor, stream_facts(facts), [1, 3], keep=keep)
 
     (first, cost), (again, later) = scores(), scores()
     assert list(first.columns) == list(again.columns)
@@ -164,19 +156,22 @@ def test_a_finished_stream_is_not_edited_again(tiny_lm, facts, tmp_path):
 @pytest.mark.parametrize("counts", [[], [0], [2, 1], [1, 9]])
 def test_impossible_counts(tiny_lm, facts, counts):
     with pytest.raises(ConfigError, match="must increase"):
-        streams.edit_one_by_one(None, facts, counts, lambda n: None)
+        streams.stream_scores(tiny_lm("llama"), None, facts, counts)
 
 
 def test_arms():
     assert set(arms.COMPANION) >= {a.editor for a in arms.ARMS.values() if a.kind == "memory"}
-    with pytest.raises(DataError, match="choose from"):
+    with pytest.raises(ConfigError, match="did you mean"):
         arms.arm_named("memoire")
-    with pytest.raises(ConfigError, match="'world' or 'zsre'"):
-        data.question_streams("zsre2", 1, [0])
+    assert arms.arm_named("gpm").editor == "gpm"
+    with pytest.raises(ConfigError, match="zsre"):
+        testbed.open_testbed("companion", "zsre2")
+    with pytest.raises(ConfigError, match="choose a real file"):
+        data.hallucination_streams(testbed.CorpusTestbed(None, "zsre"), "world", 1, [0], None)
 
 
 def test_options_need_no_companion(tiny_lm):
-    assert arms.arm_options(tiny_lm("llama"), "wise-merge", {"layer": 1}) == {"retrieve": False, "layer": 1}
+    assert arms.options_of(tiny_lm("llama"), "wise-merge", {"layer": 1}) == {"retrieve": False, "layer": 1}
 
 
 def test_published_figures_have_a_source():

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from editkit.base.errors import ConfigError
 from editkit.methods import make_editor
 from editkit.models.facts import Probe
-from editkit.studies.memoir import arms, settings, streams
+from editkit.studies import arms
+from editkit.studies.memoir import settings, streams
 from editkit.studies.memoir.data import Streams
 from editkit.studies.memoir.long_run import Diary, look_up_seconds, prompt_overlaps
+from editkit.studies.streams import Keep
 
 TEXTS = ["the weather was fine today", "you can see the old house", "near the river", "she works and speaks"]
 FAST = {"layer": 0, "threshold": 0.9, "steps": 4, "stop_loss": 0.0, "n_contexts": 1}
@@ -97,11 +99,11 @@ def test_other_options_hold_while_reading_only(tiny_lm, facts, tmp_path):
     lm = tiny_lm("llama")
     editor = make_editor("memoir", lm, background=TEXTS, **FAST)
     rows, _ = streams.stream_scores(lm, editor, probed(facts[:2]), [1, 2], reading={2: {"threshold": 1.5}},
-                                    checkpoint=tmp_path / "m.safetensors")  # fmt: skip
+                                    keep=Keep(tmp_path, "m", forget=False))  # fmt: skip
     said = rows[rows["axis"] == "locality"].groupby("edits")["success"].mean()
     assert said[2] == 1.0  # nothing reaches 1.5: the unedited model answers
     assert editor.config.threshold == FAST["threshold"]
-    editor.load(tmp_path / "m.safetensors")  # saved with its own options
+    editor.load(tmp_path / "m-2.safetensors")  # saved with its own options
     editor.restore()
 
 
@@ -115,6 +117,6 @@ def test_the_best_average_is_chosen_and_reported_seeds_are_refused(tiny_lm, fact
     assert best == found["average"].max() and found["average"].eq(best).idxmax() == found["chosen"].idxmax()
     assert np.allclose(found["average"], found[["reliability", "generalisation", "locality"]].mean(axis=1))
     with pytest.raises(ConfigError, match="one of the reported seeds"):
-        settings.with_threshold(lm, "world", 2, {}, [1, settings.SEED])
-    assert set(settings.ORIGINS) == set(arms.ARMS)
+        settings.with_threshold(None, 2, {}, [1, settings.SEED])
+    assert set(settings.ORIGINS) <= set(arms.ARMS)
     assert set(settings.CANDIDATES) <= set(arms.ARMS)

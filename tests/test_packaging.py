@@ -28,7 +28,7 @@ def pins() -> dict[str, str]:
 def test_environment_yml_equals_the_constraints():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     [pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    assert pip[-1] == "-e .[test]"
+    assert pip[-1] == "-e .[test,real]"
     assert dict(line.split("==") for line in pip[:-1]) == pins()
     [python] = [entry for entry in environment["dependencies"] if str(entry).startswith("python=")]
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python.split("=")[1])
@@ -36,7 +36,7 @@ def test_environment_yml_equals_the_constraints():
 
 def test_every_direct_dependency_is_pinned_to_a_version_it_allows():
     pinned = {canonicalize_name(name): version for name, version in pins().items()}
-    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]:
+    for text in [*PROJECT["dependencies"], *(t for e in ("test", "real") for t in PROJECT["optional-dependencies"][e])]:
         requirement = Requirement(text)
         version = pinned.get(canonicalize_name(requirement.name))
         assert version, f"{requirement.name} is not pinned: run `make pins`"

@@ -193,9 +193,7 @@ def test_probes_of_a_fact(world):
         assert f.relation not in {key[p.prompt][0] for p in f.locality} and len(f.locality) == 5
         assert {p.subject for p in f.same_subject} == {f.subject}
         gone = {key[p.prompt][0] for p in f.consequences} | {f.relation}
-        assert {key[p.prompt][0] for p in f.same_subject} == {
-            r.id for r in world.relations_of_subject(f.relation)
-        } - gone
+        assert {key[p.prompt][0] for p in f.same_subject} == set(world.attributes(f.relation, f.subject)) - gone
         assert all(f.subject in g for g in f.generation) and len(f.generation) >= 3
         assert all(f.target in text and f.subject not in text for text in f.reference)
         firsts = [
@@ -212,7 +210,7 @@ def test_few_paraphrases_show_both_orders(world):
 def test_target_is_no_object_the_subject_already_has(world):
     for f in edit_facts(world, 60, seed=1):
         assert f.target in world.objects(f.relation)
-        assert f.target not in {world.value(r.id, f.subject) for r in world.relations_of_subject(f.relation)}
+        assert f.target not in set(world.attributes(f.relation, f.subject).values())
 
 
 def test_subjects_repeat_only_when_all_are_used(world):

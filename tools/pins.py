@@ -39,7 +39,7 @@ def environment(pins: dict[str, str]) -> str:
     return (
         CONDA
         + "".join(f"      - {name}=={version}\n" for name, version in pins.items())
-        + '      - "-e .[test]"\n'
+        + '      - "-e .[test,real]"\n'
     )
 
 

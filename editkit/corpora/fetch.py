@@ -8,17 +8,18 @@ wherever it was found.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ..base.downloads import download_dir, sha256_of
 from ..base.errors import DataError
+from ..base.paths import user_path
 
 log = logging.getLogger(__name__)
 
-DATA_ENV, DOWNLOADS_ENV = "EDITKIT_DATA", "EDITKIT_DOWNLOADS"
+DATA_ENV = "EDITKIT_DATA"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def fetch(
         raise DataError(f"unknown corpus file {name!r}; known are {', '.join(sorted(registry))}")
     source = registry[name]
     local = os.environ.get(DATA_ENV)
-    if local and (path := Path(local) / source.file).is_file():
+    if local and (path := user_path(local) / source.file).is_file():
         return _checked(name, source, path, f"replace it by the file from {source.url or source.home}")
     cached = download_dir() / source.file
     if cached.is_file() and (source.sha256 is None or sha256_of(cached) == source.sha256):
@@ -161,21 +162,6 @@ def fetch(
             f"Check the connection, or {advice}."
         ) from error
     return _checked(name, source, cached, "delete it")
-
-
-def download_dir() -> Path:
-    """Folder of downloaded files: EDITKIT_DOWNLOADS, else the user's cache folder."""
-    if os.environ.get(DOWNLOADS_ENV):
-        return Path(os.environ[DOWNLOADS_ENV])
-    import pooch
-
-    return Path(pooch.os_cache("editkit")) / "corpora"
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _checked(name: str, source: Source, path: Path, remedy: str) -> Path:

@@ -29,7 +29,7 @@ from .inputs import Prepared, changes, input_record
 from .layout import RESULTS, SCHEMA, SIDECAR, Layout
 from .provenance import PACKAGE, digest, git_state, tree_hash
 from .report import CACHE_DIR, PARAMETERS, RUN_DIR, WORK_DIR
-from .study import RunSpec, data_root, missing_files
+from .study import RunSpec, data_root, how_to_get, missing_files
 from .worker import DIED, FAILED, NO_START, OK, OOM_CODES
 
 CURRENT, UNAVAILABLE = "current", "unavailable"
@@ -96,7 +96,7 @@ def run_one(
 ) -> Outcome:
     """Execute one run unless its result is current. Does not raise for a failing notebook."""
     if missing := missing_files(run.spec, layout.root):
-        return Outcome(run.spec, UNAVAILABLE, f"needs {', '.join(missing)} (set EDITKIT_DATA)")
+        return Outcome(run.spec, UNAVAILABLE, f"needs {', '.join(map(how_to_get, missing))}")
     locks = layout.scratch / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{run.run_id}.lock"):

@@ -8,7 +8,7 @@ runs:
     parameters: {n_edits: 100}
     grid: {seed: [0, 1, 2]}          # one run per combination; the alias must tell them apart
     inputs: [data:clare/data.json]   # files whose content counts as input (data: = below EDITKIT_DATA)
-    requires: [data:clare/data.json] # without these files the run is not available here
+    requires: [data:clare/data.json] # without these files (or model:smollm2, fetched) the run is not available here
     tags: [labyrinth]
     gpus: 0                          # resources, for the scheduler
     threads: 2
@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 
 from ..base.errors import ConfigError
+from ..models.pretrained import description_of
 from .provenance import digest, tree_hash
 
 _FIELDS = {
@@ -226,7 +227,12 @@ def data_root(root: Path) -> Path:
 
 
 def resolve_file(reference: str, root: Path) -> Path:
-    """The path behind an entry of `inputs`: "data:..." lies below EDITKIT_DATA, others below the project."""
+    """The path behind an entry of `inputs` or `requires`.
+
+    "data:..." lies below EDITKIT_DATA, "model:..." is the description of a fetched model, others lie below the project.
+    """
+    if reference.startswith("model:"):
+        return description_of(reference.removeprefix("model:"))
     if reference.startswith("data:"):
         return data_root(root) / reference.removeprefix("data:")
     return root / reference
@@ -235,6 +241,12 @@ def resolve_file(reference: str, root: Path) -> Path:
 def missing_files(run: RunSpec, root: Path) -> list[str]:
     """Those of the required files that are not there."""
     return [reference for reference in run.requires if not resolve_file(reference, root).exists()]
+
+
+def how_to_get(reference: str) -> str:
+    """A missing file of `requires`, and what brings it."""
+    model = reference.removeprefix("model:")
+    return f"{reference} ({'set EDITKIT_DATA' if model == reference else f'run `editkit fetch {model}`'})"
 
 
 def data_hashes(run: RunSpec, root: Path) -> dict[str, str]:

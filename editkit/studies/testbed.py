@@ -1,72 +1,207 @@
-"""The companion as a testbed: what it knows, where it keeps it, whether it can be edited.
+"""A testbed: a model, the facts it is asked about, and its own text. Every study runs on any of them.
 
-Everything here takes an LM and a World, so it works for a companion of another size or seed as well.
+    bed = open_testbed("companion")           # or "smollm2", or a folder or hub name with corpus=...
+    facts = bed.edits(100, seed=0)            # counterfactual requests with all their probes
+    moments = bed.moments(layers)             # second moments over the testbed's text
+
+A `TableTestbed` asks about a table of facts: the generated world of a companion, or the real facts, as far as the model
+knows them; every consequence of an edit follows from the table. A `CorpusTestbed` is a data set of requests.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from ..base.cached import content_key
-from ..base.errors import DataError
-from ..corpora.world.companion import corpus_pairs, load_companion
-from ..corpora.world.records import edit_facts
-from ..corpora.world.train import greedy_recall
-from ..corpora.world.world import World
+from ..base.config import check_known
+from ..base.errors import ConfigError, DataError
+from ..base.paths import user_path
+from ..corpora import real
+from ..corpora.table import FactTable
+from ..corpora.world import World, edit_facts
+from ..corpora.world.companion import load_companion, load_world
+from ..corpora.world.records import changes
+from ..locate.moments import Covariance, second_moment
 from ..models.facts import Fact
+from ..models.joining import join
 from ..models.lm import LM, load_lm
+from ..models.pretrained import PRETRAINED, pretrained_folder
+from .arms import options_of
 
-if TYPE_CHECKING:
-    from ..scoring import Baseline
-
-PRESET_FILE = "editing.json"
-
-# name on the pages -> (registered editor, options that make the variant)
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ft-l": ("ft", {"objective": "prompt_last"}),
-    "ft-m": ("ft", {"objective": "target"}),
-    "rome": ("rome", {}),
-    "memit": ("memit", {}),
-    "memit-seq": ("memit_seq", {}),
-    "alphaedit": ("alphaedit", {}),
-}
+Statement = tuple[str, str, str]  # template, subject, true answer
+CORPORA = ("world", "real", "clare", "counterfact", "multi_counterfact", "zsre")
 
 
-def open_model(name: str, **options) -> LM:
-    """ "companion" (the shipped one), or a folder / hub name of any causal LM of the architecture table."""
-    return load_companion() if name == "companion" else load_lm(name, **options)
-
-
-def preset(lm: LM, method: str = "memit") -> dict[str, Any]:
-    """Options of a method of `METHODS` (or of any registered editor) on this model; a fresh dictionary.
-
-    Companions carry a file editing.json: the site from interchange interventions, step sizes and lam from a sweep on
-    seeds that no results page uses. Raises DataError for a model without one.
+def open_model(name: str, **options: Any) -> LM:
+    """ "companion" (the shipped one), "smollm2" (fetched), or a folder, GGUF file or hub name of any causal LM of the
+    architecture table. Raises DataError "not available here" for a model that has to be fetched first.
     """
-    folder = Path(getattr(lm.model.config, "_name_or_path", "") or "")
-    path = folder / PRESET_FILE
-    if not path.exists():
-        raise DataError(
-            f"{lm.name} has no {PRESET_FILE}; run the page 'The world and the model' on it, then pass "
-            "layers=, token=, lam= and z_* to make_editor"
-        )
-    table = json.loads(path.read_text())
-    editor, own = METHODS.get(method, (method, {}))
-    family = dict(table["methods"].get(editor, table["methods"]["memit"]))
-    return (
-        {**table["site"], **table["targets"], **family, **own}
-        if editor != "ft"
-        else {"layers": table["site"]["layers"][-1:], **family, **own}
-    )
+    if name == "companion":
+        return load_companion()
+    return load_lm(str(pretrained_folder(name)) if name in PRETRAINED else name, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Testbed(ABC):
+    """A model with a corpus. stop: what ends a stated fact in its text ("" where the corpus does not say)."""
+
+    __test__ = False  # not a test class, whatever its name
+
+    lm: LM
+    corpus: str
+    stop: str = ""
+
+    @abstractmethod
+    def edits(
+        self,
+        n: int,
+        seed: int,
+        *,
+        n_paraphrases: int = 2,
+        protected: int = 3,
+        n_same_subject: int | None = None,
+        relations: Sequence[str] | None = None,
+    ) -> list[Fact]:
+        """n requests with probes. protected: probes on each axis that must not change (same_subject: as many unless
+        n_same_subject says otherwise). Raises DataError if the corpus has not so many."""
+
+    @abstractmethod
+    def untouched(self, facts: Sequence[Fact], n: int, seed: int) -> list[Statement]:
+        """Up to n true statements that none of the edits changes."""
+
+    @abstractmethod
+    def background(self, facts: Sequence[Fact], n: int, seed: int) -> list[str]:
+        """Up to n texts about subjects that no edit and no probe of these facts is about."""
+
+    @abstractmethod
+    def texts(self) -> list[str]:
+        """The text that second moments are taken over."""
+
+    @abstractmethod
+    def held_out(self, n: int, seed: int = 1) -> list[str]:
+        """n texts of the testbed's language that no edit can be right or wrong about: their perplexity measures
+        language alone."""
+
+    def moments(
+        self, layers: Sequence[int], cache_dir: str | Path | None = None, *, max_texts: int | None = 6000
+    ) -> Mapping[int, Covariance]:
+        """Second moments of the keys by layer (`locate.moments.second_moment`).
+
+        max_texts: a random sample of that many texts; None: all of them.
+        """
+        if not layers:
+            return {}
+        texts = self.texts()
+        if max_texts is not None and max_texts < len(texts):
+            keep = np.random.default_rng(0).choice(len(texts), max_texts, replace=False)
+            texts = [texts[i] for i in sorted(keep)]
+        return second_moment(self.lm, list(layers), texts, cache_dir=cache_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableTestbed(Testbed):
+    """A model and a table of facts. own_texts: its text, where the table does not bring one."""
+
+    table: FactTable | None = None
+    own_texts: tuple[str, ...] = ()
+
+    def edits(self, n, seed, *, n_paraphrases=2, protected=3, n_same_subject=None, relations=None):
+        return [] if n == 0 else edit_facts(
+            self.table, n, seed, relations, n_paraphrases=n_paraphrases, n_neighbors=protected, n_locality=protected,
+            n_same_subject=protected if n_same_subject is None else n_same_subject,
+        )  # fmt: skip
+
+    def untouched(self, facts, n, seed):
+        table = self.table
+        touched = {c.key for f in facts for c in changes(table, f.relation, f.subject, f.target)}
+        rows = [s for s in table.statements() if (s.relation, s.subject) not in touched]
+        picks = np.random.default_rng([seed, table.seed, 13]).permutation(len(rows))[:n]
+        return [
+            (table.relation(s.relation).templates[s.template_index].text, s.subject, s.answer)
+            for s in (rows[i] for i in picks)
+        ]
+
+    def background(self, facts, n, seed):
+        taken = {f.subject for f in facts}
+        seen = {f.text for f in facts} | {p for f in facts for p in f.paraphrases}
+        seen |= {p.prompt for f in facts for p in (*f.neighborhood, *f.locality, *f.same_subject, *f.consequences)}
+        pool = [s for s in self.table.statements() if s.subject not in taken and s.prompt not in seen]
+        rng = np.random.default_rng([seed, 77])
+        return [pool[i].text for i in rng.choice(len(pool), min(n, len(pool)), replace=False)]
+
+    def texts(self):
+        return list(self.own_texts) or self.world.corpus_texts()
+
+    def held_out(self, n, seed=1):
+        """Of a world, biographies of people of another one, whom the model never met; else later texts of its own."""
+        if self.own_texts:
+            picks = np.random.default_rng([seed, 17]).permutation(len(self.own_texts))[:n]
+            return [self.own_texts[i] for i in picks]
+        companies = len(self.world.companies)
+        other = World(seed=self.world.seed + 1 + seed, n_people=max(4, n + n % 2), n_companies=companies)
+        return [b.text for b in other.biographies(1, seed)][:n]
+
+    @property
+    def world(self) -> World:
+        """The generated world. Raises ConfigError for a table that is none."""
+        if not isinstance(self.table, World):
+            raise ConfigError(f"this needs a generated world; {self.corpus} is none: choose the companion")
+        return self.table
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusTestbed(Testbed):
+    """A model and a data set of requests; its text is the requests' own prompts and true answers, or `own_texts`."""
+
+    requests: tuple[Fact, ...] = ()
+    own_texts: tuple[str, ...] = ()
+
+    def _order(self, seed: int) -> list[Fact]:
+        order = np.random.default_rng([seed, 11]).permutation(len(self.requests))
+        distinct: dict[tuple[str, str], Fact] = {}
+        for i in order:
+            fact = self.requests[i]
+            distinct.setdefault((fact.prompt, fact.subject), fact)
+        return list(distinct.values())
+
+    def edits(self, n, seed, *, n_paraphrases=2, protected=3, n_same_subject=None, relations=None):
+        kept = [f for f in self._order(seed) if relations is None or f.relation in relations]
+        if len(kept) < n:
+            raise DataError(f"{self.corpus} gives {len(kept)} usable facts, {n} asked for; ask for fewer")
+        same = protected if n_same_subject is None else n_same_subject
+        return [
+            f.replace(
+                paraphrases=f.paraphrases[:n_paraphrases], neighborhood=f.neighborhood[:protected],
+                locality=f.locality[:protected], same_subject=f.same_subject[:same],
+            )
+            for f in kept[:n]
+        ]  # fmt: skip
+
+    def untouched(self, facts, n, seed):
+        edited = {f.subject for f in facts}
+        rest = [f for f in self._order(seed) if f.subject not in edited and f.target_true is not None]
+        return [(f.prompt, f.subject, f.target_true) for f in rest[:n]]
+
+    def background(self, facts, n, seed):
+        rows = self.untouched(facts, n, seed)
+        return [join(template.replace('{}', subject), answer) for template, subject, answer in rows]
+
+    def texts(self):
+        return list(self.own_texts) or [f"{f.text} {f.target_true}" for f in self.requests if f.target_true]
+
+    def held_out(self, n, seed=1):
+        texts = self.texts()
+        return [texts[i] for i in np.random.default_rng([seed, 17]).permutation(len(texts))[:n]]
+
+
+def preset(lm: LM, arm: str = "memit") -> dict[str, Any]:
+    """Options of an arm on this model (`arms.options_of`), to be passed to `make_editor`."""
+    return options_of(lm, arm)
 
 
 def statistics(
@@ -76,234 +211,35 @@ def statistics(
     cache_dir: str | Path | None = None,
     *,
     max_texts: int | None = 6000,
-):
-    """Second moments of the keys over the world's text, by layer (see `editkit.locate.moments.second_moment`).
+) -> Mapping[int, Covariance]:
+    """Second moments over the text of a companion's world (`Testbed.moments`)."""
+    return TableTestbed(lm, "world", ".", world).moments(layers, cache_dir, max_texts=max_texts)
 
-    max_texts: a random sample of that many texts (about 70,000 tokens at the default); None: all of them.
+
+def open_testbed(model: str = "companion", corpus: str = "auto", **options: Any) -> Testbed:
+    """The testbed of a model. corpus: one of `CORPORA`, or "auto": real facts for a pretrained model, else the world.
+
+    The world is that of the companion's folder, or the shipped one. options: of `load_lm`. Raises ConfigError for an
+    unknown corpus, DataError where files are missing or the model is not available here.
     """
-    from ..locate.moments import second_moment
-
-    texts = world.corpus_texts()
-    if max_texts is not None and max_texts < len(texts):
-        keep = np.random.default_rng(0).choice(len(texts), max_texts, replace=False)
-        texts = [texts[i] for i in sorted(keep)]
-    return second_moment(lm, list(layers), texts, cache_dir=cache_dir)
-
-
-def sample_keys(world: World, n: int, seed: int = 0) -> set[tuple[str, str]] | None:
-    """n random facts (relation, subject) of the world; None (all of them) if n is 0 or more than there are."""
-    keys = [(r, s) for r in world.relations for s in world.subjects(r)]
-    if not 0 < n < len(keys):
-        return None
-    return {keys[i] for i in np.random.default_rng(seed).choice(len(keys), n, replace=False)}
+    check_known([corpus], (*CORPORA, "auto"), "corpus")
+    if corpus == "auto":
+        corpus = "real" if model in PRETRAINED else "world"
+    lm = open_model(model, **options)
+    if corpus == "world":
+        world = load_world(model if (user_path(model) / "world.json").exists() else None)
+        return TableTestbed(lm, corpus, ".", world)
+    texts = real.english() if model != "companion" else tuple(load_world().corpus_texts())
+    if corpus == "real":
+        return TableTestbed(lm, corpus, "", real.load(), texts)
+    return CorpusTestbed(lm, corpus, "", tuple(_requests(corpus)), texts)
 
 
-def recall(lm: LM, world: World, keys: set[tuple[str, str]] | None = None) -> pd.DataFrame:
-    """Greedy recall of every statement (or those of given (relation, subject) keys).
+def _requests(corpus: str) -> list[Fact]:
+    from ..corpora import clare, counterfact, zsre
 
-    Columns relation, subject, template, prompt, answer, hit (1.0: answer and full stop generated exactly).
-    """
-    rows = [s for s in world.statements() if keys is None or (s.relation, s.subject) in keys]
-    hit = greedy_recall(lm.model, lm.tokenizer, [s.prompt for s in rows], [s.answer for s in rows])
-    return pd.DataFrame(
-        {
-            "relation": [s.relation for s in rows],
-            "subject": [s.subject for s in rows],
-            "template": [s.template_index for s in rows],
-            "prompt": [s.prompt for s in rows],
-            "answer": [s.answer for s in rows],
-            "hit": hit,
-        }
-    )
-
-
-def corpus_recall(lm: LM, n: int = 0, seed: int = 0) -> pd.DataFrame | None:
-    """Greedy recall of the CLaRE corpus: columns prompt, answer, n_answers (of the prompt), hit; None if not at hand.
-
-    n: size of a random sample of its facts; 0: all.
-    """
-    from ..corpora import clare
-
-    try:
-        pairs = corpus_pairs(clare.load())
-    except DataError:
-        return None
-    count = Counter(p for p, _ in pairs)
-    if 0 < n < len(pairs):
-        pairs = [pairs[i] for i in np.random.default_rng(seed).choice(len(pairs), n, replace=False)]
-    hit = greedy_recall(lm.model, lm.tokenizer, *zip(*pairs, strict=True))
-    return pd.DataFrame(
-        {
-            "prompt": [p for p, _ in pairs],
-            "answer": [a for _, a in pairs],
-            "n_answers": [count[p] for p, _ in pairs],
-            "hit": hit,
-        }
-    )
-
-
-def statement_facts(
-    world: World,
-    relations: Sequence[str] | None = None,
-    *,
-    templates: Sequence[int] | None = None,
-    subject_first: bool | None = None,
-) -> list[Fact]:
-    """True facts as Fact objects (target = target_true), one per template: input of tracing and interchange."""
-    out = []
-    for s in world.statements():
-        template = world.relation(s.relation).templates[s.template_index]
-        if relations is not None and s.relation not in relations:
-            continue
-        if templates is not None and s.template_index not in templates:
-            continue
-        if subject_first is not None and template.subject_first != subject_first:
-            continue
-        out.append(
-            Fact(
-                prompt=template.text,
-                subject=s.subject,
-                target=s.answer,
-                target_true=s.answer,
-                relation=s.relation,
-                case_id=f"{s.relation}/{s.subject}/{s.template_index}",
-            )
-        )
-    return out
-
-
-def edit_and_score(
-    lm: LM,
-    world: World,
-    editor: str,
-    n: int,
-    *,
-    seed: int = 0,
-    facts_per_edit: int | None = None,
-    protected: int = 3,
-    n_paraphrases: int = 2,
-    protocols: Sequence[str] = ("generate",),
-    statistics_by_layer: Mapping | None = None,
-    cache_dir: str | Path | None = None,
-    before: bool = True,
-    unedited: dict[str, Baseline] | None = None,
-    **options,
-) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
-    """Write n counterfactual edits with a method (of `METHODS`, or a registered editor) at the model's preset and
-    score them after the last one.
-
-    facts_per_edit: batch size of the stream (None: one batch). protected: probes per fact on each axis that must
-    not change. options: override the preset. unedited: see `run_method`. The model is restored afterwards, also after
-    an error.
-    Returns (rows of `scoring.evaluate`, {"before": summary, "after_all": summary}), summaries per axis with 95 %
-    bootstrap intervals over facts for the first protocol.
-    """
-    from ..methods import make_editor
-    from ..scoring import evaluate, summarize
-
-    facts = edit_facts(
-        world,
-        n,
-        seed,
-        n_paraphrases=n_paraphrases,
-        n_neighbors=protected,
-        n_locality=protected,
-        n_same_subject=protected,
-    )
-    settings = {**preset(lm, editor), **options}
-    if statistics_by_layer is None:
-        statistics_by_layer = statistics(lm, world, settings["layers"], cache_dir)
-    made = make_editor(METHODS.get(editor, (editor,))[0], lm, statistics=statistics_by_layer, **settings)
-    rows = evaluate(
-        lm, made, facts, "after_all", protocols, facts_per_edit=facts_per_edit, before=before,
-        unedited=_read_once(lm, facts, protocols, unedited),
-    )  # fmt: skip
-    first = rows[rows["protocol"] == protocols[0]]
-    return rows, {when: summarize(part, ["axis"]) for when, part in first.groupby("when", sort=False)}
-
-
-def _read_once(
-    lm: LM, facts: Sequence[Fact], protocols: Sequence[str], kept: dict[str, Baseline] | None
-) -> Baseline | None:
-    """What the model says to the probes now, for the protocols that ask, from `kept` if it has been read before."""
-    from ..scoring import Baseline
-
-    lookups = [p for p in protocols if p in ("easyedit", "generate")]
-    if kept is None or not lookups:
-        return None
-    content = [lm.fingerprint(), lookups, repr(facts)]
-    key = content_key(content)
-    if key not in kept:
-        kept[key] = Baseline.of(lm, facts, protocols=lookups)
-    return kept[key]
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodResult:
-    """scores: rows of `scoring.evaluate`; texts: rows of `score_text` on the edited model; seconds: the edit alone;
-    relative_change: ||W' - W|| / ||W|| over the edited matrices."""
-
-    scores: pd.DataFrame
-    texts: pd.DataFrame
-    seconds: float
-    relative_change: float
-
-
-def run_method(
-    lm: LM,
-    world: World,
-    method: str,
-    n: int,
-    *,
-    seed: int,
-    statistics_by_layer: Mapping,
-    protected: int = 3,
-    n_paraphrases: int = 2,
-    generated: int = 20,
-    text_tokens: int = 40,
-    protocols: Sequence[str] = ("generate", "rome"),
-    before: bool = True,
-    unedited: dict[str, Baseline] | None = None,
-    **options,
-) -> MethodResult:
-    """One method on one draw of n edits in one call: scores after (and before), free text, cost. Restores the model.
-
-    unedited: filled with what the unedited model says to each draw; pass the same dictionary for all methods on a
-    model, and it is read once per draw.
-    """
-    from ..methods import make_editor
-    from ..scoring import evaluate, score_text
-
-    drawn = {"n_paraphrases": n_paraphrases, "n_neighbors": protected, "n_locality": protected}
-    facts = edit_facts(world, n, seed, **drawn, n_same_subject=protected)
-    baseline = _read_once(lm, facts, protocols, unedited)
-    settings = {**preset(lm, method), **options}
-    editor = make_editor(METHODS.get(method, (method,))[0], lm, statistics=statistics_by_layer, **settings)
-    clock = _Timed(editor)
-    try:
-        scores = evaluate(
-            lm, clock, facts, "after_all", protocols, restore="never", before=before, unedited=baseline
-        )
-        texts = score_text(lm, facts[:generated], seed=seed, max_total_tokens=text_tokens)
-    finally:
-        editor.restore()
-    return MethodResult(scores, texts, clock.seconds, clock.change)
-
-
-class _Timed:
-    """An editor that adds up the wall time of its edits and measures the last change."""
-
-    def __init__(self, editor):
-        self.editor, self.seconds, self.change = editor, 0.0, 0.0
-
-    def edit(self, facts):
-        start = time.perf_counter()
-        delta = self.editor.edit(facts)
-        self.seconds += time.perf_counter() - start
-        moved = sum(float((delta.after[k] - delta.before[k]).double().square().sum()) for k in delta.after)
-        size = sum(float(v.double().square().sum()) for v in delta.before.values())
-        self.change = (moved / size) ** 0.5
-        return delta
-
-    def restore(self):
-        self.editor.restore()
+    if corpus == "clare":  # states the truth: new objects are drawn from the corpus
+        known = list(clare.load())
+        return clare.counterfactuals(known, 0, corpus=known, n_neighborhood=3, n_same_subject=3)
+    found = zsre.load() if corpus == "zsre" else counterfact.load(multi=corpus == "multi_counterfact")
+    return [f for f in found if f.target_true is not None]

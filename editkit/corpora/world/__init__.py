@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ..table import Statement
 from .biographies import Biography
 from .consequences import must_change, must_not_change
 from .records import edit_facts
-from .world import Statement, World
+from .world import World
 
 if TYPE_CHECKING:
     from .companion import load_companion, load_world

@@ -11,7 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from .relations import Relation, relations_of
+from ..table import Relation
+from .relations import relations_of
 
 CARDS = (
     "{n} ",

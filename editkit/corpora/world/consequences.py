@@ -12,9 +12,7 @@ import dataclasses
 
 from ...base.errors import RequestError
 from ...models.facts import Fact, Probe
-from .world import World
-
-Key = tuple[str, str]  # (relation id, subject)
+from ..table import FactTable, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Change:
         return self.relation, self.subject
 
 
-def changes(world: World, relation: str, subject: str, new: str) -> list[Change]:
+def changes(world: FactTable, relation: str, subject: str, new: str) -> list[Change]:
     """All facts that the edit (relation, subject) -> new touches, the edit itself first.
 
     Raises RequestError if the relation is derived, the edit changes nothing, or `new` is an object whose
@@ -61,7 +59,7 @@ def changes(world: World, relation: str, subject: str, new: str) -> list[Change]
     found = {(relation, subject): Change(relation, subject, old, new, "edit")}
 
     def add(r: str, s: str, value: str | None, kind: str) -> None:
-        before = world.value(r, s)
+        before = world.value(r, s) if world.has(r, s) else None
         if before != value and (r, s) not in found:
             found[r, s] = Change(r, s, before, value, kind)
 
@@ -74,20 +72,20 @@ def changes(world: World, relation: str, subject: str, new: str) -> list[Change]
             continue
         first, second = derived.derived
         if first == relation:
-            if new not in world.subjects(second):
+            if new not in world.entities(world.relation(second).subject_type):
                 raise RequestError(
                     f"target {new!r} of {relation!r} has no {second!r} in the world, so what becomes of "
                     f"{derived.id!r} is unknown; choose one of world.objects({relation!r})"
                 )
-            add(derived.id, subject, world.value(second, new), "two_hop")
+            known = world.has(second, new)  # a table of real facts has gaps: then nobody can say what becomes of it
+            add(derived.id, subject, world.value(second, new) if known else None, "two_hop" if known else "undefined")
         if second == relation:
-            for s in world.subjects(first):
-                if world.value(first, s) == subject:
-                    add(derived.id, s, new, "two_hop_via")
+            for s in world.having(first, subject):
+                add(derived.id, s, new, "two_hop_via")
     return list(found.values())
 
 
-def dependencies(world: World, relation: str, subject: str, new: str) -> set[Key]:
+def dependencies(world: FactTable, relation: str, subject: str, new: str) -> set[Key]:
     """Facts that must themselves stay unedited for `changes` of this edit to hold."""
     needed: set[Key] = set()
     for derived in world.relations.values():
@@ -97,11 +95,11 @@ def dependencies(world: World, relation: str, subject: str, new: str) -> set[Key
         if first == relation:
             needed.add((second, new))
         if second == relation:
-            needed |= {(first, s) for s in world.subjects(first) if world.value(first, s) == subject}
+            needed |= {(first, s) for s in world.having(first, subject)}
     return needed
 
 
-def _changes_of(world: World, fact: Fact) -> list[Change]:
+def _changes_of(world: FactTable, fact: Fact) -> list[Change]:
     if fact.relation is None:
         raise RequestError(
             f"fact {fact.case_id or fact.text!r} names no relation of the world; set Fact.relation"
@@ -109,7 +107,7 @@ def _changes_of(world: World, fact: Fact) -> list[Change]:
     return changes(world, fact.relation, fact.subject, fact.target)
 
 
-def must_change(world: World, fact: Fact, *, all_templates: bool = True) -> list[Probe]:
+def must_change(world: FactTable, fact: Fact, *, all_templates: bool = True) -> list[Probe]:
     """Every prompt whose answer a single edit must change, the edited fact first (kinds as in `Change`).
 
     all_templates=False asks each fact in its first template only. Raises RequestError (see `changes`).
@@ -122,7 +120,7 @@ def must_change(world: World, fact: Fact, *, all_templates: bool = True) -> list
     ]
 
 
-def must_not_change(world: World, fact: Fact, *, all_templates: bool = True) -> list[Probe]:
+def must_not_change(world: FactTable, fact: Fact, *, all_templates: bool = True) -> list[Probe]:
     """Every prompt of the world whose answer a single edit must leave alone.
 
     kind: "same_subject", "neighborhood" (same relation and old object), "same_relation" (other objects) or
@@ -152,6 +150,6 @@ def must_not_change(world: World, fact: Fact, *, all_templates: bool = True) -> 
     return probes
 
 
-def _templates(world: World, relation: str, all_templates: bool):
+def _templates(world: FactTable, relation: str, all_templates: bool):
     templates = world.relation(relation).templates
     return templates if all_templates else templates[:1]

@@ -10,21 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...base.errors import RequestError
-from ...models.facts import Fact, Probe
+from ...models.facts import SLOT, Fact, Probe
+from ..table import FactTable
 from .consequences import Change, Key, changes, dependencies, must_change, must_not_change
-from .world import World
+from .relations import EDITABLE
 
 __all__ = [
     "EDITABLE", "Change", "changes", "choose_edits", "edit_facts", "must_change", "must_not_change",
     "statistics", "to_counterfact", "to_zsre",
 ]  # fmt: skip
 
-# stored one-directional relations of people: the default edits
-EDITABLE = ("born_in", "lives_in", "occupation", "employer", "sport", "instrument", "language")
-
-
-def _as_requested(world: World, relations: Sequence[str] | None) -> tuple[str, ...]:
-    relations = EDITABLE if relations is None else tuple(relations)
+def _as_requested(world: FactTable, relations: Sequence[str] | None) -> tuple[str, ...]:
+    relations = world.editable if relations is None else tuple(relations)
     for r in relations:
         derived = world.relation(r).derived
         if derived:
@@ -35,7 +32,7 @@ def _as_requested(world: World, relations: Sequence[str] | None) -> tuple[str, .
 
 
 def choose_edits(
-    world: World, n: int, seed: int = 0, relations: Sequence[str] | None = None
+    world: FactTable, n: int, seed: int = 0, relations: Sequence[str] | None = None
 ) -> list[tuple[str, str, str]]:
     """n edits (relation, subject, new object) that can all hold at once.
 
@@ -66,7 +63,7 @@ def choose_edits(
         if len(edits) == n:
             break
         old = world.value(r, s)
-        own = {world.value(q.id, s) for q in world.relations_of_subject(r)} | {s}
+        own = {*world.attributes(r, s).values(), s}
         pool = [o for o in objects[r] if o not in own] or [o for o in objects[r] if o not in (old, s)]
         if not pool:
             continue
@@ -87,7 +84,7 @@ def choose_edits(
 
 
 def edit_facts(
-    world: World,
+    world: FactTable,
     n: int,
     seed: int = 0,
     relations: Sequence[str] | None = None,
@@ -97,17 +94,19 @@ def edit_facts(
     n_neighbors: int = 10,
     n_locality: int = 5,
     n_same_subject: int | None = None,
+    n_consequences: int | None = None,
 ) -> list[Fact]:
     """n counterfactual edit requests with all probes, deterministic under `seed`.
 
-    relations:      stored relations to edit (default `EDITABLE`); "spouse", "seat", "country"... are
-    possible. edit_template:  index of the edit prompt; the other templates are the paraphrases (None = all of
-    them; a smaller
+    relations:      stored relations to edit (default: those of the table, `EDITABLE` in the world); "spouse", "seat",
+                    "country"... are possible.
+    edit_template:  index of the edit prompt; the other templates are the paraphrases (None = all of them; a smaller
                     number takes subject-first and relation-first wordings in turn). Probes about other facts
                     use the first template, or the question if the edit prompt is a question.
     neighborhood:   same relation, same true object, other subjects (none exist for one-to-one relations).
     same_subject:   None = every other relation of the subject.
-    consequences:   every other fact that must take a new value; facts left undefined are listed in meta.
+    consequences:   every other fact that must take a new value (or n_consequences of them, drawn); facts left undefined
+                    are listed in meta.
     No protected probe of any fact is touched by any edit of the list. kind of protected probes = relation id.
     Raises RequestError if there are not enough edits (see `choose_edits`) or the template does not exist.
     """
@@ -121,9 +120,17 @@ def edit_facts(
             if (r, s) not in touched:
                 having[r, world.value(r, s)].append(s)
     kept = [(r, s) for (r, _), subjects in having.items() for s in subjects]
+    untouched = set(kept)
 
     def take(pool: Sequence, k: int | None) -> list:
         return [pool[i] for i in rng.permutation(len(pool))[:k]]
+
+    def some(found: Sequence[Change]) -> Sequence[Change]:
+        known = [c for c in found[1:] if c.new is not None]
+        if n_consequences is None or len(known) <= n_consequences:
+            return known
+        own = np.random.default_rng([seed, world.seed, 5, len(facts)])  # a stream of its own: nothing else shifts
+        return [known[j] for j in sorted(own.choice(len(known), n_consequences, replace=False))]
 
     facts = []
     for i, ((relation, subject, new), found) in enumerate(zip(edits, entailed, strict=True)):
@@ -135,9 +142,7 @@ def edit_facts(
         template = spec.templates[edit_template]
         others = [t for t in spec.templates if t is not template]
         ask = -1 if template.role == "question" else 0
-        own = [
-            (r.id, subject) for r in world.relations_of_subject(relation) if (r.id, subject) not in touched
-        ]
+        own = [(r, subject) for r in world.attributes(relation, subject) if (r, subject) in untouched]
         far = [kept[j] for j in rng.integers(len(kept), size=8 * n_locality)] if kept else []
         far = list(dict.fromkeys((r, s) for r, s in far if r != relation and s != subject))
         undefined = [list(c.key) for c in found if c.new is None]
@@ -161,29 +166,28 @@ def edit_facts(
                         before=c.old,
                         subject=c.subject,
                     )
-                    for c in found[1:]
-                    if c.new is not None
+                    for c in some(found)
                 ),
                 generation=tuple(g.replace("{}", subject) for g in spec.generation),
                 reference=tuple(
-                    f"{t.fill(s)} {new}."
+                    f"{t.wording.replace(SLOT, s)} {new}."
                     for s in take(having[relation, new], 3)
                     for t in spec.templates
                     if t.role != "question"
                 ),
                 relation=relation,
-                case_id=f"w{world.seed}-s{seed}-{i}",
+                case_id=f"{world.name}-s{seed}-{i}",
                 meta=(("undefined", json.dumps(undefined)),) if undefined else (),
             )
         )
     return facts
 
 
-def _ask(world: World, relation: str, subject: str, template: int) -> str:
+def _ask(world: FactTable, relation: str, subject: str, template: int) -> str:
     return world.relation(relation).templates[template].fill(subject)
 
 
-def _probe(world: World, relation: str, subject: str, template: int) -> Probe:
+def _probe(world: FactTable, relation: str, subject: str, template: int) -> Probe:
     return Probe(
         _ask(world, relation, subject, template), world.value(relation, subject), relation, subject=subject
     )
@@ -261,7 +265,7 @@ def to_zsre(facts: Sequence[Fact]) -> list[dict]:
     return records
 
 
-def statistics(world: World):
+def statistics(world: FactTable):
     """One row per relation (pandas): n_facts, n_objects, entropy of the answers (bits) and two chance levels.
 
     chance_uniform: guessing one of the objects at random; chance_mode: always giving the most frequent one.

@@ -7,51 +7,11 @@ relation-first wordings are mixed.
 
 from __future__ import annotations
 
-import dataclasses
-
-from ...models.facts import SLOT
+from ..table import Relation, Template
 
 ROLES = ("edit", "paraphrase", "question")
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """One wording of a relation. role: "edit", "paraphrase" or "question"."""
-
-    text: str
-    role: str
-
-    @property
-    def subject_first(self) -> bool:
-        """True if the text opens with the subject."""
-        return self.text.startswith(SLOT)
-
-    def fill(self, subject: str) -> str:
-        """The prompt of this subject."""
-        return self.text.replace(SLOT, subject)
-
-
-@dataclasses.dataclass(frozen=True)
-class Relation:
-    """One relation of the world, a function from subjects to objects.
-
-    subject_type, object_type: "person", "company", "city", "country", "language", ...
-    templates:  wordings whose answer follows directly.
-    generation: openings for free text about the subject.
-    named, pronoun: sentences of a biography, "{n}" = name, "{v}" = value, "{a}" = value with a or an.
-    derived:    (first, second) if value(s) = second(first(s)), else None.
-    symmetric:  True if value(value(s)) = s.
-    """
-
-    id: str
-    subject_type: str
-    object_type: str
-    templates: tuple[Template, ...]
-    generation: tuple[str, ...] = ()
-    named: tuple[str, ...] = ()
-    pronoun: tuple[str, ...] = ()
-    derived: tuple[str, str] | None = None
-    symmetric: bool = False
+# stored one-directional relations of people: the default edits
+EDITABLE = ("born_in", "lives_in", "occupation", "employer", "sport", "instrument", "language")
 
 
 def _relation(id, types, texts, **fields) -> Relation:

@@ -7,39 +7,19 @@ own.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import zlib
-from collections import Counter
 
 import numpy as np
 
-from ...base.errors import ConfigError, RequestError
-from ...models.facts import SLOT
+from ...base.errors import ConfigError
+from ..table import FactTable
 from . import gazetteer
 from .biographies import Biography, biography, card
 from .names import company_names, person_names
-from .relations import RELATIONS, Relation, relations_of
+from .relations import EDITABLE, RELATIONS
 
 
-@dataclasses.dataclass(frozen=True)
-class Statement:
-    """One filled template. prompt + " " + answer states the fact; subject_span: characters of the subject."""
-
-    relation: str
-    subject: str
-    template_index: int
-    prompt: str
-    subject_span: tuple[int, int]
-    answer: str
-
-    @property
-    def text(self) -> str:
-        """The full sentence."""
-        return f"{self.prompt} {self.answer}."
-
-
-class World:
+class World(FactTable):
     """People, companies, cities, countries and their relations.
 
     n_people must be even (everybody is married inside the world). Raises ConfigError for impossible sizes.
@@ -57,8 +37,7 @@ class World:
         self.companies = company_names(n_companies, self._rng("companies"))
         self.cities = list(gazetteer.CITIES)
         self.countries = list(gazetteer.COUNTRIES)
-        self.relations: dict[str, Relation] = RELATIONS
-        self._values: dict[str, dict[str, str]] = {
+        values: dict[str, dict[str, str]] = {
             "born_in": self._draw("born_in", self.people, self.cities),
             "occupation": self._draw("occupation", self.people, gazetteer.OCCUPATIONS),
             "employer": self._draw("employer", self.people, self.companies),
@@ -72,8 +51,9 @@ class World:
             "currency": dict(gazetteer.CURRENCY),
             "capital": dict(gazetteer.CAPITAL),
         }
-        self._values["lives_in"] = self._residences()
-        self._values["spouse"] = self._couples()
+        values["lives_in"] = self._residences(values["born_in"])
+        values["spouse"] = self._couples()
+        super().__init__(RELATIONS, values, name=f"w{seed}", seed=seed, editable=EDITABLE)
 
     def _rng(self, *labels) -> np.random.Generator:
         """A random stream of its own for each purpose, so that one part never shifts another."""
@@ -83,10 +63,9 @@ class World:
         picks = self._rng(relation).integers(len(objects), size=len(subjects))
         return {s: objects[k] for s, k in zip(subjects, picks, strict=True)}
 
-    def _residences(self) -> dict[str, str]:
+    def _residences(self, born: dict[str, str]) -> dict[str, str]:
         rng, n = self._rng("lives_in"), len(self.cities)
         index = {c: i for i, c in enumerate(self.cities)}
-        born = self._values["born_in"]
         steps = rng.integers(1, n, size=len(self.people))  # never 0: nobody lives where they were born
         return {p: self.cities[(index[born[p]] + k) % n] for p, k in zip(self.people, steps, strict=True)}
 
@@ -95,62 +74,9 @@ class World:
         pairs = list(zip(order[::2], order[1::2], strict=True))
         return dict(pairs) | {b: a for a, b in pairs}
 
-    def relation(self, relation: str) -> Relation:
-        """The relation with this id. Raises RequestError for an unknown id."""
-        if relation not in self.relations:
-            raise RequestError(f"unknown relation {relation!r}; the world has {', '.join(self.relations)}")
-        return self.relations[relation]
-
-    def relations_of_subject(self, relation: str) -> tuple[Relation, ...]:
-        """All relations of the subject type of `relation`, itself included."""
-        return relations_of(self.relation(relation).subject_type)
-
-    def subjects(self, relation: str) -> list[str]:
-        """All subjects of a relation."""
+    def _names(self, relation: str) -> list[str]:
         kind = self.relation(relation).subject_type
-        return {
-            "person": self.people,
-            "company": self.companies,
-            "city": self.cities,
-            "country": self.countries,
-        }[kind]
-
-    def value(self, relation: str, subject: str) -> str:
-        """The true object. Raises RequestError for an unknown relation or subject."""
-        r = self.relation(relation)
-        if r.derived:
-            first, second = r.derived
-            return self.value(second, self.value(first, subject))
-        try:
-            return self._values[relation][subject]
-        except KeyError:
-            raise RequestError(f"{subject!r} is no subject of {relation!r} (a {r.subject_type})") from None
-
-    def objects(self, relation: str) -> list[str]:
-        """All objects that occur in a relation, sorted: the candidates of a counterfactual."""
-        return sorted({self.value(relation, s) for s in self.subjects(relation)})
-
-    def statement(self, relation: str, subject: str, template_index: int) -> Statement:
-        """One filled template with its answer."""
-        template = self.relation(relation).templates[template_index]
-        start = template.text.index(SLOT)
-        return Statement(
-            relation,
-            subject,
-            template_index,
-            template.fill(subject),
-            (start, start + len(subject)),
-            self.value(relation, subject),
-        )
-
-    def statements(self) -> list[Statement]:
-        """Every fact in every template, in the order relation, subject, template."""
-        return [
-            self.statement(r.id, s, t)
-            for r in self.relations.values()
-            for s in self.subjects(r.id)
-            for t in range(len(r.templates))
-        ]
+        return {"person": self.people, "company": self.companies, "city": self.cities, "country": self.countries}[kind]
 
     def biographies(self, n_per_person: int = 4, seed: int = 0) -> list[Biography]:
         """n texts per person, biographies and profile cards in turn; a text depends on (person, number,
@@ -168,20 +94,10 @@ class World:
 
     def size(self) -> dict[str, int]:
         """Counts: people, companies, cities, countries, relations, facts (relation, subject), statements."""
-        facts = Counter({r: len(self.subjects(r)) for r in self.relations})
         return {
             "people": len(self.people),
             "companies": len(self.companies),
             "cities": len(self.cities),
             "countries": len(self.countries),
-            "relations": len(self.relations),
-            "facts": facts.total(),
-            "statements": sum(n * len(self.relations[r].templates) for r, n in facts.items()),
+            **super().size(),
         }
-
-    def fingerprint(self) -> str:
-        """sha256 over all statements: equal worlds have equal fingerprints."""
-        digest = hashlib.sha256()
-        for s in self.statements():
-            digest.update(s.text.encode() + b"\n")
-        return digest.hexdigest()

@@ -104,10 +104,10 @@ def critical_layer(
 
 
 def _preset(lm: LM) -> Site:
-    from ..testbed import preset
+    from ..arms import settings
 
     try:
-        found = preset(lm)
+        found = settings(lm, "memit")
     except DataError:
         pass
     else:

@@ -11,71 +11,29 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ...base.config import check_known
 from ...base.errors import DataError
 from ...corpora import clare
-from ...corpora.world import World, edit_facts, load_world
+from ...corpora.world import World, edit_facts
 from ...corpora.world.consequences import changes
 from ...entanglement.plans import delta_shift, probe_representations
 from ...entanglement.predictors import editor_scores, shared_scores
 from ...entanglement.ripple import Ripple, SharedTargets, Watch, choose, measure
-from ...locate.contexts import ContextTemplates, sample_contexts
-from ...locate.moments import Covariance
-from ...methods import EDITORS, make_editor
 from ...methods.delta import Delta
-from ...methods.weights.locate_then_edit import LocateEditor
 from ...models.facts import Fact
 from ...models.lm import LM
-from .. import testbed
+from ..arms import arm_named
+from ..bench import Bench
+from ..companion import statement_facts
+from ..testbed import open_testbed
 
-# name -> (registered editor, options on top of the model's preset, whether only the last layer is edited)
-ARMS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "rome": ("rome", {}, True),
-    "memit-1": ("memit", {}, True),
-    "alphaedit-1": ("alphaedit", {}, True),
-    "memit": ("memit", {}, False),
-    "prune": ("prune", {}, False),
-    "rect": ("rect", {}, False),
-    "alphaedit": ("alphaedit", {}, False),
-}
-LABELS = {
-    "rome": "ROME", "memit-1": "MEMIT, one layer", "alphaedit-1": "AlphaEdit, one layer", "memit": "MEMIT",
-    "prune": "PRUNE", "rect": "RECT", "alphaedit": "AlphaEdit",
+# The arms of the trials, and which of them edit one layer; by name the arms of `studies.arms`.
+ARMS: dict[str, str] = {
+    "rome": "rome", "memit-1": "memit-1", "alphaedit-1": "alphaedit-1", "memit": "memit", "prune": "prune-total",
+    "rect": "rect", "alphaedit": "alphaedit",
 }  # fmt: skip
-
-
-@dataclasses.dataclass
-class Setting:
-    """A model with what its editors need; shared by the trials of all seeds. Made by `open_setting`."""
-
-    lm: LM
-    world: World
-    options: dict[str, dict[str, Any]]
-    statistics: Mapping[int, Covariance]
-    contexts: ContextTemplates
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(self.options["memit"]["layers"])
-
-    @property
-    def token(self) -> str:
-        return self.options["memit"].get("token", "subject_last")
-
-    def editor(self, arm: str, **more: Any) -> LocateEditor:
-        """A fresh editor of an arm of ARMS. Raises ConfigError for unknown arms and options."""
-        check_known([arm], ARMS, "arm")
-        name, own, single = ARMS[arm]
-        options = {**self.options["alphaedit" if name == "alphaedit" else "memit"], **own}
-        if name == "rome":
-            options |= self.options["rome"]
-        if single:
-            options["layers"] = [self.layers[-1]]
-        known = {f.name for f in dataclasses.fields(EDITORS[name].Config)}
-        options = {k: v for k, v in options.items() if k in known}
-        return make_editor(
-            name, self.lm, statistics=self.statistics, contexts=self.contexts, **{**options, **more}
-        )
+LABELS = {name: arm_named(arm).label.split(",")[0] if name in ("prune", "rect") else arm_named(arm).label
+          for name, arm in ARMS.items()}  # fmt: skip
+SINGLE = ("rome", "memit-1", "alphaedit-1")
 
 
 def open_setting(
@@ -84,37 +42,21 @@ def open_setting(
     *,
     cache_dir: str | Path | None = None,
     max_texts: int | None = 6000,
-) -> Setting:
-    """Open a model for trials.
+) -> Bench:
+    """The bench of a model's own testbed, without requests: shared by the trials of all seeds.
 
-    options: editing options on top of (for a model without preset, instead of) the model's own; they count for all
-    editors. Raises DataError for a model without preset and options.
+    options: editing options on top of (for a model without settings, instead of) the model's own.
     """
-    lm = testbed.open_model(model)
-    world = load_world(model if (Path(model) / "world.json").exists() else None)
-    given = dict(options or {})
-    found = {}
-    for name in ("memit", "alphaedit", "rome"):
-        try:
-            found[name] = {**testbed.preset(lm, name), **given}
-        except DataError:
-            if "layers" not in given:
-                raise
-            found[name] = dict(given)
-    layers = sorted(found["memit"]["layers"])
-    statistics = testbed.statistics(lm, world, layers, cache_dir, max_texts=max_texts)
-    memit = found["memit"]
-    contexts = sample_contexts(
-        lm, memit.get("n_contexts", 5), memit.get("context_length", 10), memit.get("seed", 0)
+    return Bench.of(
+        open_testbed(model), 0, options=options, n_bystanders=0, cache_dir=cache_dir, max_texts=max_texts
     )
-    return Setting(lm, world, found, statistics, contexts)
 
 
 @dataclasses.dataclass
 class Trial:
     """Facts to edit and to watch, of one seed."""
 
-    setting: Setting
+    setting: Bench
     edits: list[Fact]
     probes: list[Fact]
     seed: int
@@ -142,7 +84,7 @@ class Trial:
 
     def run(self, arm: str, names: Sequence[str] = ()) -> tuple[Ripple, dict[str, np.ndarray]]:
         """Predict first, then edit and measure: the ripples of an arm and the tables of its own predictors."""
-        editor, lm = self.setting.editor(arm), self.setting.lm
+        editor, lm = self.setting.editor(ARMS.get(arm, arm), shared=False), self.setting.lm
         layers = editor.config.layers
         keys, scale = probe_representations(lm, self.probes, layers, editor.config.token)
         residuals = self.targets.residuals(editor) if "whitened-targets" in names else None
@@ -181,7 +123,7 @@ def design_facts(corpus: Sequence[Fact]) -> list[Fact]:
 
 
 def corpus_trial(
-    setting: Setting, n_edits: int, n_probes: int, seed: int, *, corpus: Sequence[Fact] | None = None
+    setting: Bench, n_edits: int, n_probes: int, seed: int, *, corpus: Sequence[Fact] | None = None
 ) -> Trial:
     """Counterfactual edits and probes drawn from the CLaRE corpus: prompts with one recorded answer, which the model
     knows, without `design_facts`. Raises DataError if the corpus is missing or too small."""
@@ -199,12 +141,12 @@ def corpus_trial(
     return Trial(setting, edits, choose(edits, pool, min(n_probes, len(pool)), seed), seed)
 
 
-def world_trial(setting: Setting, n_edits: int, n_probes: int, seed: int) -> Trial:
+def world_trial(setting: Bench, n_edits: int, n_probes: int, seed: int) -> Trial:
     """Counterfactual edits of the world. Probes: every statement (first template) that an edit must change, other
     wordings of the edited facts, then random statements of the world up to n_probes."""
-    world = setting.world
+    world = setting.testbed.world
     edits = edit_facts(world, n_edits, seed)
-    statements = testbed.statement_facts(world)
+    statements = statement_facts(world)
     touched = {c.key for f in edits for c in changes(world, f.relation, f.subject, f.target)}
     edited = {(f.prompt, f.subject) for f in edits}
     must = [

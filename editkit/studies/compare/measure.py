@@ -12,21 +12,27 @@ from typing import Any
 import pandas as pd
 
 from ...base.errors import ConfigError
+from ...base.paths import user_path
 from ...methods.hypernet.data import EditRecord
 from ...methods.hypernet.network import Hypernetwork, load_hypernetwork
 from ...methods.memory.calibration import from_data
 from ...models.facts import Fact
 from ...models.lm import LM
 from ...scoring import AXES, Baseline, score
+from ..arms import arm_named, make_arm
+from ..bench import Bench
 from ..horse.bench import train
 from ..horse.costs import peak_memory
-from ..labyrinth.bench import Bench, untouched
-from ..labyrinth.health import held_out_texts, recall, text_perplexity
-from ..labyrinth.streams import edit_stream, spread
-from ..memoir.arms import world_background
+from ..labyrinth.health import recall, text_perplexity
 from ..memoir.streams import inference_seconds
-from .methods import METHODS, make_method
+from ..streams import edit_stream, spread
 
+# The rows of the comparison, by their names in `studies.arms`.
+METHODS = (
+    "unedited", "ft-l", "ft-m", "lora", "rome", "memit", "memit-seq", "alphaedit-naive", "alphaedit", "rect",
+    "rect-compensated", "prune-total", "prune-compensated", "nse", "nse-compensated", "mend", "malmen", "rledit",
+    "horse", "grace", "defer", "wise", "loka", "memoir", "memoir-paper", "in-context", "retrieval", "retrieval-tokens",
+)  # fmt: skip
 PROTOCOLS = ("generate", "rome", "easyedit")
 REGIMES = ("once", "stream")
 
@@ -70,13 +76,13 @@ class Examination:
         )
         asked = {p.prompt for f in bench.facts for p in (*f.neighborhood, *f.locality, *f.same_subject)}
         asked |= {p for f in bench.facts for p in f.paraphrases} | set(filled(bench.bystanders))
-        pool = untouched(bench.world, bench.facts, 4 * (n_unrelated + len(asked)), seed + 1000)
+        pool = bench.testbed.untouched(bench.facts, 4 * (n_unrelated + len(asked)), seed + 1000)
         edited = {f.subject for f in bench.facts}
         unrelated = [p for p in filled([s for s in pool if s[1] not in edited]) if p not in asked]
         timed = filled(bench.bystanders[:n_timed])
         return cls(
-            bench, scored, axes, held_out_texts(bench.world, n_texts, seed), bench.bystanders,
-            unrelated[:n_unrelated], timed, world_background(bench.world, bench.facts, n_background, seed),
+            bench, scored, axes, bench.testbed.held_out(n_texts, seed), bench.bystanders,
+            unrelated[:n_unrelated], timed, bench.testbed.background(bench.facts, n_background, seed),
             Baseline.of(bench.lm, scored, axes, protocols=("easyedit",)),
         )  # fmt: skip
 
@@ -101,6 +107,19 @@ class Examination:
                 pd.DataFrame({"protocol": "ability", "axis": axis, "fact_id": ids, "success": values})
             )
         return pd.concat(tables, ignore_index=True).rename(columns={"fact_id": "unit"})
+
+
+def make_method(
+    bench: Bench,
+    name: str,
+    background: Sequence[str],
+    networks: dict[str, Hypernetwork],
+    given: dict[str, Any],
+):
+    """A fresh editor of an arm on the bench's model, which optimises its own targets. given: over its options."""
+    if arm_named(name).needs == "moments":
+        return bench.editor(name, shared=False, **given)
+    return make_arm(bench.lm, name, given=given, background=background, networks=networks)
 
 
 def filled(statements: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -191,13 +210,13 @@ def run_all(
                 table, cost = done[twin]
                 cost = {**cost, "equals": " ".join(twin)}
             else:
-                say(f"seed {seed}, {regime}, {METHODS[name].label}")
+                say(f"seed {seed}, {regime}, {arm_named(name).label}")
 
                 def work(name=name, regime=regime):
                     return run_method(
                         exam, name, regime, batch=batch, rate=rate,
                         make=lambda: make_method(
-                            exam.bench, name, background=exam.background, networks=networks or {}, options=options
+                            exam.bench, name, exam.background, networks or {}, (options or {}).get(name, {})
                         ),
                     )  # fmt: skip
 
@@ -215,7 +234,7 @@ def trained(
 
     folder: where it is kept, and found again by an interrupted run.
     """
-    path = None if folder is None else Path(folder) / f"{seed}-{method}.safetensors"
+    path = None if folder is None else user_path(folder) / f"{seed}-{method}.safetensors"
     clock = None if path is None else path.with_suffix(".json")
     if clock is not None and clock.exists():  # written last
         return load_hypernetwork(path, lm), json.loads(clock.read_text())
@@ -233,10 +252,10 @@ def twin_of(name: str, regime: str, done) -> tuple[str, str] | None:
     """The finished cell (method, regime) that this one equals exactly, or None: it has to be run."""
     if name == "unedited":
         other = ("unedited", "stream")
-    elif regime == "once" and METHODS[name].at_once == "stream":
+    elif regime == "once" and arm_named(name).at_once == "stream":
         other = (name, "stream")
-    elif regime == "once" and METHODS[name].at_once:
-        other = (METHODS[name].at_once, "once")
+    elif regime == "once" and arm_named(name).at_once:
+        other = (arm_named(name).at_once, "once")
     else:
         return None
     return other if other in done else None

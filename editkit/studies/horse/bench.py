@@ -22,6 +22,8 @@ from ...methods.hypernet.training import Trainer
 from ...models.facts import Fact
 from ...models.lm import LM
 from ...scoring.stats import Interval, bootstrap_mean
+from ..arms import make_arm
+from ..testbed import Testbed
 
 if TYPE_CHECKING:
     from ...methods import Editor
@@ -34,6 +36,7 @@ AXES = {
 """Axes that each protocol of the comparison reads; the last of the first two is the papers' specificity."""
 
 # One network for all, small enough for a companion; the papers' rank is 1,920 on models of 7 billion.
+PROBES = {"n_paraphrases": 2, "protected": 2, "n_same_subject": 0}  # of every edited fact
 NETWORK: dict[str, Any] = {"rank": 32, "n_blocks": 2, "lr": 1e-3}
 TRAINING: dict[str, dict[str, Any]] = {
     "mend": {"meta_lr": 3e-4, "locality": "kl"},
@@ -41,21 +44,6 @@ TRAINING: dict[str, dict[str, Any]] = {
     "rledit": {"meta_lr": 1e-3, "locality": "kl", "loc_coef": 0.6},
     "horse": {"meta_lr": 3e-4, "locality": "cross_entropy"},
 }
-
-
-def world_facts(world, n: int, seed: int, *, protected: int = 2, n_paraphrases: int = 2) -> list[Fact]:
-    """n edits of a world with paraphrases and protected probes (neighborhood, locality)."""
-    from ...corpora.world.records import edit_facts
-
-    return edit_facts(
-        world,
-        n,
-        seed,
-        n_paraphrases=n_paraphrases,
-        n_neighbors=protected,
-        n_locality=protected,
-        n_same_subject=0,
-    )
 
 
 def last_half(lm: LM) -> list[int]:
@@ -72,7 +60,7 @@ def as_released_field(facts: Sequence[Fact]) -> list[Fact]:
 
 
 def training_records(
-    world,
+    bed: Testbed,
     test: Sequence[Fact],
     seed: int,
     *,
@@ -85,7 +73,7 @@ def training_records(
 
     target: "target_new", or "ground_truth" as the published HORSE code reads CounterFact.   by: see `disjoint`.
     """
-    facts = [f for k in range(draws) for f in world_facts(world, n, 1000 + draws * seed + k)]
+    facts = [f for k in range(draws) for f in bed.edits(n, 1000 + draws * seed + k, **PROBES)]
     return disjoint(records_of(facts, target), test, by=by)
 
 
@@ -198,21 +186,14 @@ def make_any_editor(
         method leaves its targets there, the next ones, whose targets are the same, take them. Targets of
         the first k facts are their first k columns.
     """
-    from ...methods import EDITORS, make_editor
-    from .. import testbed
-
     if method in METHODS:
-        if trained is None:
-            raise ConfigError(f"{method} needs its trained hypernetwork")
-        return EDITORS[method](lm, options, hypernetwork=trained)
-    name, own = testbed.METHODS.get(method, (method, {}))
-    settings = {**testbed.preset(lm, method), **own, **options}
+        return make_arm(lm, method, given=options, networks={} if trained is None else {method: trained})
 
     def keep(key: str, value: Tensor) -> None:
         if key == "z" and targets is not None:
             targets.setdefault(key, value)
 
-    made = make_editor(name, lm, statistics=statistics, record=keep, **settings)
+    made = make_arm(lm, method, given=options, statistics=statistics, record=keep)
     if targets and "z" in targets:
         made.targets = lambda facts: targets["z"]  # replaces this one step of the pipeline, in this instance
     return made

@@ -14,10 +14,9 @@ from ...base.errors import ConfigError, NumericsError
 from ...locate.keys import read_states
 from ...models.lm import LM
 from ...scoring import perplexity, score, score_targets
-from .bench import Bench
-from .streams import edit_stream, kept_stream
-
-Statement = tuple[str, str, str]  # template, subject, true answer
+from ..bench import Bench
+from ..streams import edit_stream, kept_stream
+from ..testbed import Statement
 
 
 def recall(lm: LM, statements: Sequence[Statement], *, stop: str = ".") -> np.ndarray:
@@ -28,18 +27,6 @@ def recall(lm: LM, statements: Sequence[Statement], *, stop: str = ".") -> np.nd
     """
     pairs = [(template.replace("{}", subject), answer + stop) for template, subject, answer in statements]
     return np.array([float(s.correct.all()) for s in score_targets(lm, pairs, desc="recall")])
-
-
-def held_out_texts(world, n: int, seed: int = 1) -> list[str]:
-    """n biographies of people of another world: language the model has learned, about people it has never
-    met.
-
-    No edit can be right or wrong about them, so their perplexity measures language alone.
-    """
-    from ...corpora.world import World
-
-    other = World(seed=world.seed + 1 + seed, n_people=max(4, n + n % 2), n_companies=len(world.companies))
-    return [b.text for b in other.biographies(1, seed)][:n]
 
 
 def text_perplexity(lm: LM, texts: Sequence[str]) -> np.ndarray:

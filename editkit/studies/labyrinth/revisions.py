@@ -14,7 +14,8 @@ from ...methods import Editor
 from ...models.facts import Fact
 from ...models.lm import LM
 from ...scoring import generate, says, score_targets
-from .bench import Bench
+from ..bench import Bench
+from ..testbed import TableTestbed
 from .health import states
 
 
@@ -83,8 +84,8 @@ def revision_stream(
 
 def object_pools(bench: Bench) -> dict[str, list[str]]:
     """relation (or prompt) -> objects that occur in it, in the world or among the facts of the corpus."""
-    if bench.corpus == "world":
-        return {r: bench.world.objects(r) for r in {f.relation for f in bench.facts}}
+    if isinstance(bench.testbed, TableTestbed):
+        return {r: bench.testbed.table.objects(r) for r in {f.relation for f in bench.facts}}
     pools: dict[str, list[str]] = {}
     for fact in bench.facts:
         pools.setdefault(fact.relation or fact.prompt, []).extend(

@@ -10,22 +10,23 @@ from typing import Any
 import numpy as np
 
 from ...base.errors import ConfigError, DataError
+from ...base.paths import user_path
 from ...models.facts import Fact
 from ...models.lm import LM
-from .arms import world_background
+from ..testbed import TableTestbed, Testbed
 from .articles import as_facts, hallucination_records, temporal_records
 
 
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """Facts and background texts per seed; world: the companion's world, or None for real data.
+    """Facts and background texts per seed; bed: the testbed they are drawn from, or None for files.
 
     others: facts of the same kind per seed that are never edited (empty unless asked for).
     """
 
     facts: dict[int, list[Fact]]
     background: dict[int, list[str]]
-    world: Any = None
+    bed: Testbed | None = None
     others: dict[int, list[Fact]] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, seed: int) -> tuple[list[Fact], list[str]]:
@@ -33,16 +34,12 @@ class Streams:
 
     def statistics(self, lm: LM, layers: Sequence[int], cache_dir: str | Path | None = None) -> dict:
         """Second moments for the methods that need any: over the world's text, else over the background texts."""
-        if not layers:
-            return {}
-        if self.world is not None:
-            from .. import testbed
-
-            return testbed.statistics(lm, self.world, list(layers), cache_dir)
+        if self.bed is not None:
+            return self.bed.moments(layers, cache_dir)
         from ...locate.moments import second_moment
 
         texts = sorted({t for part in self.background.values() for t in part})
-        return second_moment(lm, list(layers), texts, cache_dir=cache_dir)
+        return second_moment(lm, list(layers), texts, cache_dir=cache_dir) if layers else {}
 
 
 def _sampled(found: Sequence[Fact], n: int, seeds: Sequence[int]) -> tuple[dict, dict[int, list[Fact]]]:
@@ -73,19 +70,21 @@ def _held_back(streams: Streams, n: int) -> Streams:
     return dataclasses.replace(streams, facts=facts, others=others)
 
 
-def _generated(world, make, seeds: Sequence[int], n_background: int) -> Streams:
+def _drawn(bed: Testbed, make, seeds: Sequence[int], n_background: int) -> Streams:
     facts = {seed: make(seed) for seed in seeds}
-    return Streams(facts, {s: world_background(world, facts[s], n_background, s) for s in seeds}, world)
+    return Streams(facts, {s: bed.background(facts[s], n_background, s) for s in seeds}, bed)
 
 
-def _world():
-    from ...corpora.world import load_world
-
-    return load_world()
+def _world(bed: Testbed) -> Any:
+    if not isinstance(bed, TableTestbed):
+        raise ConfigError(
+            f"these records are made from a generated world; {bed.corpus} is none: choose a real file"
+        )
+    return bed.world
 
 
 def question_streams(
-    corpus: str,
+    bed: Testbed,
     n: int,
     seeds: Sequence[int],
     *,
@@ -95,30 +94,26 @@ def question_streams(
     n_same_subject: int = 0,
     relations: Sequence[str] | None = None,
 ) -> Streams:
-    """Short questions: corpus "world" (edits of the companion's world) or "zsre" (the real file, EasyEdit form).
+    """Short questions of a testbed, as many per seed; of zsRE in the form EasyEdit has them in.
 
-    relations: edited relations of the world (None: all that can be edited).
+    relations: edited relations (None: all that can be edited).
     """
-    if corpus == "zsre":
+    if bed.corpus == "zsre":
         from ...corpora import zsre
 
         return _real(list(zsre.load(form="easyedit")), n, seeds, n_background)
-    if corpus != "world":
-        raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'zsre'")
-    from ...corpora.world.records import edit_facts
-
-    world = _world()
 
     def make(seed: int) -> list[Fact]:
-        return edit_facts(
-            world, n, seed, relations, n_paraphrases=n_paraphrases, n_neighbors=n_protected, n_locality=n_protected,
+        return bed.edits(
+            n, seed, relations=relations, n_paraphrases=n_paraphrases, protected=n_protected,
             n_same_subject=n_same_subject,
         )  # fmt: skip
 
-    return _generated(world, make, seeds, n_background)
+    return _drawn(bed, make, seeds, n_background)
 
 
 def hallucination_streams(
+    bed: Testbed,
     corpus: str,
     n: int,
     seeds: Sequence[int],
@@ -139,19 +134,19 @@ def hallucination_streams(
         return _held_back(_real(list(selfcheck.load()), n + n_other, seeds, n_background), n)
     if corpus != "world":
         raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'selfcheck'")
-    world = _world()
+    world = _world(bed)
 
     def make(seed: int) -> list[Fact]:
         first = n + (-n) % per_person  # whole people are edited or left alone
         records = hallucination_records(world, first + n_other * per_person, seed, per_person=per_person)
         records = records[:n] + records[first::per_person]
-        return as_facts(records, selfcheck.load, Path(folder) / f"selfcheck-{seed}", f"s{seed}-")
+        return as_facts(records, selfcheck.load, user_path(folder) / f"selfcheck-{seed}", f"s{seed}-")
 
-    return _held_back(_generated(world, make, seeds, n_background), n)
+    return _held_back(_drawn(bed, make, seeds, n_background), n)
 
 
 def temporal_streams(
-    corpus: str, n: int, seeds: Sequence[int], folder: Path, *, n_background: int = 100
+    bed: Testbed, corpus: str, n: int, seeds: Sequence[int], folder: Path, *, n_background: int = 100
 ) -> Streams:
     """Facts with a natural text: corpus "world" or "temporal" (the real file)."""
     from ...corpora import temporal
@@ -160,11 +155,11 @@ def temporal_streams(
         return _real(list(temporal.load()), n, seeds, n_background)
     if corpus != "world":
         raise ConfigError(f"corpus = {corpus!r}; choose 'world' or 'temporal'")
-    world = _world()
+    world = _world(bed)
 
     def make(seed: int) -> list[Fact]:
         return as_facts(
-            temporal_records(world, n, seed), temporal.load, Path(folder) / f"temporal-{seed}", f"s{seed}-"
+            temporal_records(world, n, seed), temporal.load, user_path(folder) / f"temporal-{seed}", f"s{seed}-"
         )
 
-    return _generated(world, make, seeds, n_background)
+    return _drawn(bed, make, seeds, n_background)

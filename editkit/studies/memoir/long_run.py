@@ -24,31 +24,32 @@ from torch import Tensor
 
 from ...base.device import synchronize
 from ...base.errors import RequestError
+from ...base.paths import user_path
 from ...methods.memory.calibration import Calibration
 from ...methods.memory.memoir import Memoir
 from ...models.facts import Fact
-from ...models.lm import LM
+from ..testbed import Testbed
+from .data import question_streams
 from .mask_study import probes
 from .settings import calibrate
 
 
-def long_stream(n: int, seed: int, *, n_protected: int = 2, n_background: int = 100):
+def long_stream(bed: Testbed, n: int, seed: int, *, n_protected: int = 2, n_background: int = 100):
     """(facts, background, number from the world): edits of the world as far as it goes, then counterfactual ones of the
     CLaRE corpus, which has no rephrases and no protected probes.
 
     Raises RequestError if both together have fewer than n edits, DataError if the corpus is needed and not at hand.
     """
     from ...corpora.world.records import choose_edits
-    from .data import _world, question_streams
 
-    world = _world()
+    world = bed.world
     room = n
     try:
         choose_edits(world, n, seed)
     except RequestError:
         room = _most(world, seed, n)
     streams = question_streams(
-        "world", room, [seed], n_background=n_background, n_paraphrases=1, n_protected=n_protected
+        bed, room, [seed], n_background=n_background, n_paraphrases=1, n_protected=n_protected
     )
     facts, background = streams[seed]
     if room < n:
@@ -78,10 +79,12 @@ def _most(world, seed: int, n: int) -> int:
     return n
 
 
-def calibrate_within(lm: LM, seed: int, n: int, *, rate: float, n_background: int, **options) -> Calibration:
+def calibrate_within(
+    bed: Testbed, seed: int, n: int, *, rate: float, n_background: int, **options
+) -> Calibration:
     """`settings.calibrate` for n stored edits on the long stream of a held-out seed."""
-    facts, background, _ = long_stream(max(n, 200), seed, n_background=n_background)
-    return calibrate(lm, facts, background, n=n, rate=rate, **options)
+    facts, background, _ = long_stream(bed, max(n, 200), seed, n_background=n_background)
+    return calibrate(bed.lm, facts, background, n=n, rate=rate, **options)
 
 
 def prompt_overlaps(memory: Memoir, facts: Sequence[Fact]) -> dict[str, np.ndarray]:
@@ -103,7 +106,7 @@ class Diary:
     """
 
     def __init__(self, editor: Memoir, folder: Path, sampled: Sequence[int] = ()) -> None:
-        self.editor, self.folder, self.sampled = editor, Path(folder), set(sampled)
+        self.editor, self.folder, self.sampled = editor, user_path(folder), set(sampled)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.steps: list[int] = []
 

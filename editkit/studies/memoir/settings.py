@@ -20,7 +20,9 @@ from ...methods.memory.memoir import Memoir
 from ...methods.memory.tophash import mean_features
 from ...models.facts import Fact
 from ...models.lm import LM
-from . import arms, streams
+from ..arms import make_arm, options_of
+from ..testbed import Testbed
+from . import streams
 from .data import Streams, question_streams
 from .mask_study import Routing, probes
 
@@ -63,9 +65,7 @@ def sweep(
     rows = []
     for method, given in candidates.items():
         for options in given:
-            editor = arms.make_arm(
-                lm, method, options={method: options}, background=background, statistics=statistics
-            )
+            editor = make_arm(lm, method, given=options, background=background, statistics=statistics)
             table, cost = streams.stream_scores(lm, editor, facts, [len(facts)])
             means = table.groupby(["fact_id", "axis"])["success"].mean().unstack("axis").mean()
             scores = {streams.AXES[a]: float(means[a]) for a in streams.PAPER_AXES}
@@ -138,8 +138,7 @@ def calibrate_prompts(
 
 
 def thresholds(
-    lm: LM,
-    corpus: str,
+    bed: Testbed,
     counts: Sequence[int],
     *,
     rate: float = 0.05,
@@ -149,13 +148,12 @@ def thresholds(
 ) -> dict[int, Calibration]:
     """`calibrate` for every number of stored edits in `counts`, on edits of the settings seed."""
     n = max(max(counts), _POOL)
-    facts, background = question_streams(corpus, n, [seed], n_background=n_background)[seed]
-    return {t: calibrate(lm, facts, background, n=t, rate=rate, **options) for t in counts}
+    facts, background = question_streams(bed, n, [seed], n_background=n_background)[seed]
+    return {t: calibrate(bed.lm, facts, background, n=t, rate=rate, **options) for t in counts}
 
 
 def with_threshold(
-    lm: LM,
-    corpus: str,
+    bed: Testbed,
     n: int,
     options: Mapping[str, Mapping[str, Any]],
     reported: Sequence[int],
@@ -172,10 +170,10 @@ def with_threshold(
         raise ConfigError(
             f"calibration_seed = {seed} is one of the reported seeds {list(reported)}; choose another"
         )
-    given = arms.arm_options(lm, "memoir", options.get("memoir"))
+    given = options_of(bed.lm, "memoir", options.get("memoir"))
     if "threshold" in given:
         return dict(options)
-    found = thresholds(lm, corpus, [n], rate=rate, seed=seed, n_background=n_background, **given)
+    found = thresholds(bed, [n], rate=rate, seed=seed, n_background=n_background, **given)
     return {**options, "memoir": {**options.get("memoir", {}), "threshold": found[n].threshold}}
 
 

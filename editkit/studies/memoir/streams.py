@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,48 +13,14 @@ import torch
 
 from ...base.device import synchronize
 from ...base.errors import ConfigError
-from ...base.progress import bar
 from ...models.facts import Fact
 from ...models.lm import LM
 from ...scoring import Baseline, bootstrap_mean, score
+from ..streams import Keep, Timed, edit_stream
 
 AXES = {"efficacy": "reliability", "paraphrase": "generalisation", "locality": "locality",
         "neighborhood": "same relation"}  # fmt: skip
 PAPER_AXES = ("efficacy", "paraphrase", "locality")
-
-
-def edit_one_by_one(
-    editor,
-    facts: Sequence[Fact],
-    counts: Sequence[int],
-    look: Callable[[int], None],
-    *,
-    checkpoint: Path | None = None,
-    every: int = 50,
-) -> float:
-    """Edit facts one at a time; call look(number so far) after each of `counts` edits. Returns seconds of editing.
-
-    checkpoint: file in which the stream is saved after every `every` edits and at each count; a stream found there
-    goes on where it was saved last (and is not looked at again before that). Raises ConfigError for counts that are
-    not increasing or beyond the facts.
-    """
-    counts = list(counts)
-    if not counts or counts != sorted(set(counts)) or counts[0] < 1 or counts[-1] > len(facts):
-        raise ConfigError(f"counts = {counts} must increase from 1 or more to at most {len(facts)} facts")
-    done = 0
-    if checkpoint is not None and checkpoint.exists():
-        editor.load(checkpoint)
-        done = editor.n_facts
-    seconds = 0.0
-    for i in bar(range(done, counts[-1]), "stream", unit="edit"):
-        start = time.perf_counter()
-        editor.edit([facts[i]])
-        seconds += time.perf_counter() - start
-        if i + 1 in counts:
-            look(i + 1)  # before the checkpoint: what is saved has been looked at
-        if checkpoint is not None and ((i + 1) % every == 0 or i + 1 in counts):
-            editor.save(checkpoint)
-    return seconds
 
 
 def stream_scores(
@@ -65,7 +30,7 @@ def stream_scores(
     counts: Sequence[int],
     *,
     axes: Sequence[str] = PAPER_AXES,
-    checkpoint: Path | None = None,
+    keep: Keep | None = None,
     reading: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Scores of the first T facts after T single edits, for every T of counts; the editor is restored at the end.
@@ -73,40 +38,29 @@ def stream_scores(
     Protocol of EasyEdit and MEMOIR: teacher-forced token accuracy of the answer; on the axes that must not change
     agreement with the unedited model's tokens. Returns rows of `scoring.score` with a column edits, and the cost:
     seconds_per_edit (of the edits made in this call), bytes (of a memory; 0 for weights).
-    checkpoint: see `edit_one_by_one`; scores are kept beside it.
+    keep: where an interrupted stream goes on.
     reading: per T options of the editor that hold while the model is asked after T edits and for nothing else, e.g.
     a threshold calibrated for a memory of that size.
     """
+    if not counts or list(counts) != sorted(set(counts)) or not 1 <= counts[0] <= counts[-1] <= len(facts):
+        raise ConfigError(
+            f"counts = {list(counts)} must increase, from 1 or more to at most {len(facts)} facts"
+        )
     baseline = Baseline.of(lm, facts[: counts[-1]], axes)
-    tables: list[pd.DataFrame] = []
+    timed = Timed(editor)
 
-    def kept(n: int) -> Path | None:
-        return None if checkpoint is None else checkpoint.with_suffix(f".{n}.csv")
-
-    def look(n: int) -> None:
+    def look(n: int) -> dict[str, list]:
         with read_with(editor, (reading or {}).get(n, {})):
             table = score(lm, facts[:n], "easyedit", axes, baseline=baseline)
-        table.insert(0, "edits", n)
-        if checkpoint is not None:
-            table.to_csv(kept(n), index=False, na_rep="nan")
-        tables.append(table)
+        return table.assign(edits=n).to_dict("list")
 
-    resumed = checkpoint is not None and checkpoint.exists()
     try:
-        seconds = edit_one_by_one(editor, facts, counts, look, checkpoint=checkpoint)
-        made = counts[-1]
-        if resumed:
-            seen = {int(t["edits"].iloc[0]) for t in tables}
-            earlier = [n for n in counts if n not in seen]
-            tables = [
-                pd.read_csv(kept(n), dtype={"fact_id": str}, na_values=["nan"], keep_default_na=False)
-                for n in earlier
-            ] + tables
-            made = max(1, counts[-1] - max(earlier, default=0))
+        notes = edit_stream(timed, facts[: counts[-1]], checkpoint=look, at=counts, keep=keep)
         size = float(getattr(editor, "n_bytes", 0))
     finally:
         editor.restore()
-    return pd.concat(tables, ignore_index=True), {"seconds_per_edit": seconds / made, "bytes": size}
+    rows = pd.concat([pd.DataFrame(note) for note in notes], ignore_index=True)
+    return rows, {"seconds_per_edit": timed.seconds_per_edit, "bytes": size}
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 clare      gain: relative improvement of Spearman's correlation over GradSim per model (fraction); cost: factors by
            which CLaRE is faster and smaller than GradSim
 labyrinth  main: percent, metric and metric_std; edits "20 x 100" or "1 x 2000"; Flu is the n-gram entropy times 100,
-           Con the TF-IDF cosine times 100, zsRE has neither; ablation: Llama-3-8B, 20 x 100; latest: six downstream scores
+           Con the TF-IDF cosine times 100, zsRE has neither; ablation: Llama-3-8B, 20 x 100; latest: six tasks
 memoir     zsre, zsre_1000, long_run, ripple, ablation, main: shares 0..1, NaN where unknown
 horse      gains: points over previous methods
 """

@@ -1,151 +1,22 @@
-"""Streams of batches on a model: checkpoints, the papers' scores, the distance to one-time editing."""
+"""Streams of batches on a model: the papers' scores, and the distance to one-time editing."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from ...base.errors import ConfigError, DataError
+from ...base.errors import DataError
 from ...locate.contexts import ContextTemplates
 from ...locate.keys import compute_keys
-from ...methods import Editor
 from ...models.facts import Fact
 from ...scoring import Interval, bootstrap_mean, score, score_text, summarize
-from .bench import Bench
-from .sequences import batches_of, relative
+from ..bench import Bench
+from ..streams import edit_stream, spread
+from .sequences import relative
 
 AXES = ("efficacy", "paraphrase", "neighborhood", "same_subject")
-
-
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """Where a long stream leaves its state, so that an interrupted one goes on to the same weights.
-
-    folder:  made if missing; one stream has two small files there, removed when the stream is done.
-    name:    must change with everything that decides the stream; see `kept_stream`.
-    seconds: the state is written when this much time has passed since the last writing.
-    """
-
-    folder: Path
-    name: str
-    seconds: float = 60.0
-
-    @property
-    def index(self) -> Path:
-        return self.folder / f"{self.name}.json"
-
-    def load(self, editor: Editor) -> tuple[int, list]:
-        """(facts already written, notes of the checkpoints so far); (0, []) when there is nothing to resume."""
-        if not self.index.exists():
-            return 0, []
-        found = json.loads(self.index.read_text())
-        editor.load(self.folder / found["state"])
-        return found["done"], found["notes"]
-
-    def save(self, editor: Editor, done: int, notes: list) -> None:
-        """Weights and history first, then the index that names them: a kill in between loses one saving."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        former = json.loads(self.index.read_text())["state"] if self.index.exists() else None
-        state = f"{self.name}-{done}.safetensors"
-        editor.save(self.folder / state)
-        part = self.index.with_suffix(".part")
-        part.write_text(json.dumps({"done": done, "state": state, "notes": notes}))
-        part.replace(self.index)
-        if former not in (None, state):
-            (self.folder / former).unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Forget the stream."""
-        if self.index.exists():
-            (self.folder / json.loads(self.index.read_text())["state"]).unlink(missing_ok=True)
-            self.index.unlink()
-
-
-def edit_stream(
-    editor: Editor,
-    facts: Sequence[Fact],
-    batch: int,
-    *,
-    checkpoint: Callable[[int], Any] | None = None,
-    every: int | None = None,
-    keep: Keep | None = None,
-) -> list:
-    """Edit facts in batches; call checkpoint(facts so far) before the first, after each `every` facts and
-    at the end.
-
-    keep: where to save the state while the stream runs, and to resume from if it was interrupted; the
-          checkpoints' results have to be JSON-able then.
-    The model stays edited. Returns what the checkpoints returned, in order, those before an interruption
-    included. Raises ConfigError if `every` is no multiple of the batch.
-    """
-    if every is not None and every % batch:
-        raise ConfigError(
-            f"every = {every} is no multiple of batch = {batch}; checkpoints lie between batches"
-        )
-    done, notes = keep.load(editor) if keep else (0, [])
-    if checkpoint and not notes:
-        notes.append(checkpoint(0))
-    saved = time.monotonic()
-    for cut in batches_of(len(facts), batch):
-        if cut.start < done:
-            continue
-        editor.edit(facts[cut])
-        if checkpoint and (cut.stop == len(facts) or (every and cut.stop % every == 0)):
-            notes.append(checkpoint(cut.stop))
-        if keep and time.monotonic() - saved >= keep.seconds:
-            keep.save(editor, cut.stop, notes)
-            saved = time.monotonic()
-    if keep:
-        keep.clear()
-    return notes
-
-
-def arm_scores(
-    bench: Bench, arm: str, batch: int | None, *, shared: bool = True, n_scored: int | None = None, **options
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Edit all facts of the bench with one arm, score them after the last batch, restore the model.
-
-    batch: facts per batch, None: all at once.   n_scored: score this many facts, evenly spread over the
-    stream (None: all).   options: axes, protocols, n_text, text_tokens, seed of `scores_now`.
-    """
-    editor = bench.editor(arm, shared=shared)
-    size = batch or len(bench.facts)
-    try:
-        edit_stream(editor, bench.facts, size, keep=kept_stream(bench, editor, size, shared))
-        return scores_now(bench, spread(bench.facts, n_scored), **options)
-    finally:
-        editor.restore()
-
-
-def kept_stream(bench: Bench, editor: Editor, batch: int, shared: bool, *more: Any) -> Keep | None:
-    """Where the bench keeps an interrupted stream of this editor: in its cache folder, if it has one.
-
-    more: JSON-able values that decide what the checkpoints return.
-    """
-    if bench.cache_dir is None:
-        return None
-    facts = [[f.prompt, f.subject, f.target] for f in bench.facts]
-    content = [
-        bench.fingerprint, editor.name, editor.config.to_dict(), bench.contexts.groups, facts, batch, shared, more,
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-    return Keep(bench.cache_dir / "streams", digest)
-
-
-def spread(facts: Sequence[Fact], n: int | None) -> list[Fact]:
-    """n facts evenly spaced over a list, first and last included; all of them for None or n >= len."""
-    if n is None or n >= len(facts):
-        return list(facts)
-    return [facts[i] for i in np.linspace(0, len(facts) - 1, n).round().astype(int)]
 
 
 def scores_now(
