@@ -73,7 +73,10 @@ def measure(repeats: int) -> dict:
         kind: {name: statistics.median(values[i] for values in seen[name]) for name in work}
         for i, kind in enumerate(("processor", "wall"))
     }
-    per_second = {"passes": N_PASSES / seconds["processor"]["passes"], "edits": 300 / seconds["processor"]["stream"]}
+    per_second = {
+        "passes": N_PASSES / seconds["processor"]["passes"],
+        "edits": 300 / seconds["processor"]["stream"],
+    }
     return {"seconds": seconds, "per_second": per_second, "all": seen, "browser": version}
 
 
@@ -84,7 +87,11 @@ def main() -> None:
     args = parser.parse_args()
     report = {"benchmark": "try_it", "parameters": {"repeats": args.repeats}, **measure(args.repeats)}
     report["load_average"] = os.getloadavg()[0]
-    report["provenance"] = {"git": git_state(Path(__file__).parents[1]), "hardware": hardware(), "packages": package_versions()}
+    report["provenance"] = {
+        "git": git_state(Path(__file__).parents[1]),
+        "hardware": hardware(),
+        "packages": package_versions(),
+    }
     text = json.dumps(report, indent=1) + "\n"
     args.out.write_text(text, encoding="utf-8") if args.out else print(text)
 

@@ -16,13 +16,15 @@ def browser():
     program = find_browser()
     if program is None:
         pytest.skip(MISSING)
-    made = Browser(program)
+    made = Browser(program, timeout=600)  # two streams of 300 edits on a busy machine
     yield made
     made.close()
 
 
 def text(browser, selector: str) -> str:
-    return browser.evaluate(f"[...document.querySelectorAll({selector!r})].map(e => e.textContent).join(' | ')")
+    return browser.evaluate(
+        f"[...document.querySelectorAll({selector!r})].map(e => e.textContent).join(' | ')"
+    )
 
 
 def press(browser, panel: str, label: str) -> None:
@@ -52,20 +54,28 @@ def test_one_edit_and_back(browser):
     press(browser, "load", "Restore the model")
     assert "1,307,776 numbers are equal to the last bit" in text(browser, ".ek-try-news")
     browser.evaluate("document.querySelector('.ek-try-chip').click()")
-    assert text(browser, ".ek-try-sentence") == before or ask(browser, before.split(" is ")[0] + " is") == before
+    assert (
+        text(browser, ".ek-try-sentence") == before or ask(browser, before.split(" is ")[0] + " is") == before
+    )
     assert not browser.console
 
 
 def test_mistakes_become_sentences(browser):
     open_page(browser)
     assert "The prompt is empty. Type" in ask(browser, "  ")
-    assert "never seen the word “Farow”. Did you mean “Farrow”?" in ask(browser, "The occupation of Yara Farow is")
+    assert "never seen the word “Farow”. Did you mean “Farrow”?" in ask(
+        browser, "The occupation of Yara Farow is"
+    )
     assert "never seen the word" in ask(browser, "Xyzzyqwert lives")
     assert "too long" in ask(browser, "The occupation of " * 120)
-    assert "The occupation of Yara Farrow is" in ask(browser, "The occupation of Yara Farrow is")  # and on it goes
+    assert "The occupation of Yara Farrow is" in ask(
+        browser, "The occupation of Yara Farrow is"
+    )  # and on it goes
     press(browser, "edit", "Write the edit")
     press(browser, "edit", "Write the edit")
-    assert re.search("was edited already, to .* or restore first", text(browser, "[data-try=edit] [role=alert]"))
+    assert re.search(
+        "was edited already, to .* or restore first", text(browser, "[data-try=edit] [role=alert]")
+    )
     twice = "try { Pocket.session.edit([[7, 0], [7, 1]]).next(); } catch (e) { e.message }"
     assert "named twice" in browser.evaluate(twice)
     assert not browser.console
@@ -107,11 +117,10 @@ def test_a_link_inside_the_page_starts_anew(browser):
 
 
 def test_the_prepared_states_open_and_the_labyrinth_shows_its_claim(browser):
-    for name, state in try_it.STATES.items():
-        open_page(browser, re.sub(r"s300", "s60", state) if name != "labyrinth" else state)
+    for name, state in sorted(try_it.STATES.items(), key=lambda item: item[0] == "labyrinth"):
+        open_page(browser, state.replace("s300", "s40") if name != "labyrinth" else state)
         assert not text(browser, "[role=alert]:not([hidden])"), name
         assert not browser.console
-    open_page(browser, try_it.STATES["labyrinth"])
     without, kept = browser.evaluate("Pocket.session.runs.map(r => r.points.at(-1).kept)")
     assert without < 200 < 270 < kept
     assert browser.evaluate("Pocket.picture()") == (ROOT / "book/_static/try_it_still.svg").read_text(), (
@@ -125,8 +134,13 @@ def test_the_stream_can_be_stopped_and_goes_on(browser):
         return new Promise(done => setTimeout(done, 700)); })()""")
     assert browser.evaluate("document.querySelectorAll('[data-action]:not(:disabled)').length") == 0
     press(browser, "load", "Stop")
-    assert "Stopped" in text(browser, ".ek-try-news")
-    assert 0 < browser.evaluate("Pocket.session.written.size") < 300
+    browser.evaluate("new Promise(done => setTimeout(done, 300))")
+    wait(browser)
+    written = browser.evaluate("Pocket.session.written.size")
+    assert 0 < written < 300 and written % 20 == 0  # between two batches
+    assert f"Stopped after {written} edits" in text(browser, ".ek-try-news")
+    assert f"s{written}," in browser.evaluate("document.querySelector('.ek-try-address').value")
+    assert browser.evaluate("Pocket.session.keeps()") > 0.9 * written
 
 
 def test_the_page_breathes_while_it_works(browser):
@@ -153,8 +167,13 @@ def test_keyboard_and_labels(browser):
     for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
         browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
     said = text(browser, "[data-try=stream] .ek-try-said")
-    columns = browser.evaluate("Math.max(5, Math.floor(document.querySelector('.ek-try-gridbox').clientWidth / 17))")
-    assert said.startswith(browser.evaluate(f"Pocket.session.facts[{columns + 1}].prompt")) and "not edited" in said
+    columns = browser.evaluate(
+        "Math.max(5, Math.floor(document.querySelector('.ek-try-gridbox').clientWidth / 17))"
+    )
+    assert (
+        said.startswith(browser.evaluate(f"Pocket.session.facts[{columns + 1}].prompt"))
+        and "not edited" in said
+    )
     # states differ in shape, not only in colour
     shapes = browser.evaluate("""(() => { const S = Pocket.session; S.written.set(0, {choice: 0, holds: true, order: 0});
         S.written.set(1, {choice: 0, holds: false, order: 1}); S.settings.lam = 100;
@@ -167,7 +186,9 @@ def test_on_paper_the_still_picture_stands_in(browser):
     page = (ROOT / "book" / "try_it.md").read_text(encoding="utf-8")
     assert "_static/try_it_still.svg" in page and ":class: ek-try-still" in page
     open_page(browser)
-    browser.evaluate("document.body.insertAdjacentHTML('beforeend', '<figure class=\"ek-try-still\"><p>still</p></figure>')")
+    browser.evaluate(
+        "document.body.insertAdjacentHTML('beforeend', '<figure class=\"ek-try-still\"><p>still</p></figure>')"
+    )
     shown = "getComputedStyle(document.querySelector({!r})).display"
     look = [shown.format(s) for s in ("[data-try=ask]", "figure.ek-try-still")]
     assert [browser.evaluate(x) == "none" for x in look] == [False, True]
