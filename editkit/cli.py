@@ -38,12 +38,19 @@ def make_parser(commands=tuple(COMMANDS)) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Mistakes of the user end with one line and exit code 2, never with a traceback."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser(argv[:1]) if argv[:1] and argv[0] in COMMANDS else make_parser()
-    args = parser.parse_args(argv)
     try:
+        parser = make_parser(argv[:1]) if argv[:1] and argv[0] in COMMANDS else make_parser()
+        args = parser.parse_args(argv)
         return int(args.func(args) or 0)
     except EditkitError as error:
-        print(f"editkit {args.command}: {error}", file=sys.stderr)
+        print(f"editkit {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("editkit"):
+            raise
+        print(
+            f"editkit {argv[0]}: needs the package {error.name}: pip install 'editkit[book]'", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept", file=sys.stderr)

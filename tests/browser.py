@@ -50,6 +50,52 @@ CONTRAST = """
   return poor;
 })()
 """
+# What of a page's content sticks out of it, is cut, or is printed on top of something else.
+LAYOUT = """
+(() => {
+  const wide = document.documentElement.clientWidth, bad = [];
+  const say = (what, e) => bad.push(what + ': ' + (e.closest('[id]')?.id || '') + ' "' +
+    (e.textContent || '').trim().replace(/\\s+/g, ' ').slice(0, 50) + '"');
+  const shown = e => e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
+  const scrolls = e => {
+    for (; e && e.tagName !== 'MAIN'; e = e.parentElement)
+      if (['auto', 'scroll'].includes(getComputedStyle(e).overflowX)) return true;
+    return false;
+  };
+  if (document.documentElement.scrollWidth > wide + 1) bad.push('the page scrolls sideways');
+  const kinds = 'main :is(table, pre, figure, p, li, h1, h2, h3, .math, .ek-entry, svg, img)';
+  for (const e of document.querySelectorAll(kinds)) {
+    if (!shown(e)) continue;
+    const r = e.getBoundingClientRect();
+    if (r.right > wide + 1 && !scrolls(e)) say('sticks out', e);
+    const style = getComputedStyle(e);
+    if (style.overflowX === 'hidden' && e.scrollWidth > e.clientWidth + 2 && !e.closest('mjx-container')) say('cut', e);
+  }
+  for (const table of document.querySelectorAll('main table')) {
+    const box = table.closest('.ek-scroll, .pst-scrollable-table-container, .ek-table') || table;
+    if (shown(table) && box.scrollWidth > box.clientWidth + 2) {
+      const cell = table.querySelector('tbody td, tbody th');
+      if (!['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) say('table is cut', table);
+      else if (cell && getComputedStyle(cell).position !== 'sticky') say('first column leaves', table);
+    }
+  }
+  for (const svg of document.querySelectorAll('main figure svg')) {
+    const texts = [...svg.querySelectorAll('text')].filter(t => t.textContent.trim())
+      .map(t => ({text: t.textContent.trim(), r: t.getBoundingClientRect()}));
+    const box = svg.getBoundingClientRect();
+    texts.forEach((a, i) => {
+      if (a.r.left < box.left - 2 || a.r.right > box.right + 2) bad.push('label leaves its figure: ' + a.text);
+      texts.slice(i + 1).forEach(b => {
+        const w = Math.min(a.r.right, b.r.right) - Math.max(a.r.left, b.r.left);
+        const h = Math.min(a.r.bottom, b.r.bottom) - Math.max(a.r.top, b.r.top);
+        const small = Math.min(a.r.width * a.r.height, b.r.width * b.r.height);
+        if (w > 0 && h > 0 && small > 0 && w * h > 0.35 * small) bad.push('labels overlap: ' + a.text + ' / ' + b.text);
+      });
+    });
+  }
+  return bad;
+})()
+"""
 
 
 def find_browser() -> str | None:
@@ -170,6 +216,18 @@ class Browser:
             self._pump(lambda m: m.get("method") == "Page.loadEventFired", "loading the page")
         self.evaluate("Promise.resolve(window.MathJax?.startup?.promise)")
         self.evaluate("new Promise(done => setTimeout(done, 100))")
+
+    def resize(self, width: int, *, media: str = "") -> None:
+        """Another window width, or "print", for the page that is open."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.call("Emulation.setEmulatedMedia", media=media)
+        self.evaluate("new Promise(done => setTimeout(done, 50))")
 
     def evaluate(self, expression: str):
         """The value of a JavaScript expression; promises are awaited."""

@@ -9,7 +9,7 @@ import io
 
 import numpy as np
 import pytest
-from browser import CONTRAST, MISSING, Browser, find_browser
+from browser import CONTRAST, LAYOUT, MISSING, Browser, find_browser
 from PIL import Image
 from whole_book import whole_book
 
@@ -83,10 +83,39 @@ def test_text_can_be_read_in_both_themes(browser, page, dark):
     assert not poor, f"too little contrast: {poor[:8]}"
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_fits_a_phone(browser, page):
-    browser.open(built(page), width=390)
-    assert browser.evaluate("document.documentElement.scrollWidth") <= 390, "the page scrolls sideways"
+def test_nothing_sticks_out_is_cut_or_overlaps_on_any_page(browser):
+    """All pages at the widths of a desktop, a tablet and a phone, and on paper."""
+    found = {}
+    for path in sorted(whole_book().rglob("*.html")):
+        if path.name in ("genindex.html", "search.html") or "_static" in path.parts:
+            continue
+        browser.open(path, width=1300)
+        for width, media in ((1300, ""), (768, ""), (390, ""), (1000, "print")):
+            browser.resize(width, media=media)
+            if bad := browser.evaluate(LAYOUT):
+                found[f"{path.relative_to(whole_book())} at {width} {media}"] = bad[:5]
+    assert not found, "\n".join(f"{page}: {bad}" for page, bad in found.items())
+
+
+def test_a_wide_table_uses_the_room_and_a_narrow_window_keeps_its_first_column(browser):
+    browser.open(built("labyrinth/tables"), width=1300)
+    wide = "[...document.querySelectorAll('main table')].sort((a, b) => b.scrollWidth - a.scrollWidth)[0]"
+    text = "document.querySelector('main article p').getBoundingClientRect().width"
+    assert browser.evaluate(f"{wide}.clientWidth") >= browser.evaluate(text)
+    browser.resize(390)
+    left = f"{wide}.querySelector('tbody td').getBoundingClientRect().left"
+    before = browser.evaluate(left)
+    browser.evaluate(f"{wide}.scrollLeft = 200")
+    assert browser.evaluate(f"{wide}.scrollLeft") > 50, "the widest table does not scroll on a phone"
+    assert abs(browser.evaluate(left) - before) < 2
+
+
+def test_a_phone_sees_a_sentence_and_a_picture_first(browser):
+    browser.open(built("intro"), width=390)
+    top = "document.querySelector('main article {}').getBoundingClientRect().top"
+    assert browser.evaluate(top.format("p")) < 400
+    assert browser.evaluate(top.format("figure")) < browser.evaluate(top.format("table"))
+    assert browser.evaluate(top.format("figure")) < 900
 
 
 @pytest.mark.parametrize("word", ["AlphaEdit", "TopHash", "HORSE", "second_moment", "entanglement"])

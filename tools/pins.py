@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_PINNED = {"pip", "setuptools", "wheel", "editkit"}
+NOT_PINNED = {"pip", "wheel", "editkit"}
 HEADER = "# The versions everything was tested with (Python 3.11). Written by `make pins`.\n"
 CONDA = """\
 # For conda users: the same versions as constraints.txt (kept equal by a test). Written by `make pins`.
@@ -39,7 +39,7 @@ def environment(pins: dict[str, str]) -> str:
     return (
         CONDA
         + "".join(f"      - {name}=={version}\n" for name, version in pins.items())
-        + '      - "-e .[test,real]"\n'
+        + '      - "-e .[book,test,real]"\n'
     )
 
 

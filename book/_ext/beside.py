@@ -8,12 +8,13 @@ behind the page, to download and to run again.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import companion
-import ledger
+import verdicts
 from docutils import nodes
 from sphinx.application import Sphinx
 
@@ -45,20 +46,18 @@ def quoted_on(app: Sphinx, docname: str, doctree: nodes.document) -> dict[str, l
     return found
 
 
-def published_figures(source: Path) -> dict[tuple[str, str], tuple[str, str]]:
-    """{(alias, key): (printed figure with what it is of, source)} of all checks of the ledger that have one."""
-    found: dict[tuple[str, str], tuple[str, str]] = {}
-    if not (source / ledger.FOLDER).is_dir():
-        return found
-    for data in ledger.papers(source).values():
-        for item in data["items"]:
-            for check in item.get("checks", ()):
-                if not check.get("published"):
-                    continue
-                text, of, where = ledger.published_text(check["published"])
-                alias, colon, key = check["ours"].rpartition(":")
-                for run in [alias] if colon else item["runs"]:
-                    found.setdefault((run, key), (f"{text} ({of})" if of else text, where))
+def published_figures(source: Path) -> list[tuple[str, str, tuple[str, str]]]:
+    """[(notebook, pattern of keys, (printed figure with what it is of, source))] of checks that have one."""
+    if not (source / verdicts.FOLDER).is_dir():
+        return []
+    found = []
+    for row in (
+        r for p in verdicts.PAPERS for r in verdicts.load(source / verdicts.FOLDER / f"{p}.yaml")["rows"]
+    ):
+        for check in row.get("checks", ()):
+            if "published" in check:
+                text, of, where = verdicts.published_text(check["published"])
+                found.append((row["notebook"], check["ours"], (f"{text} ({of})" if of else text, where)))
     return found
 
 
@@ -116,14 +115,16 @@ class Block:
         line += [nodes.Text(" · again: "), nodes.literal("", command(sidecar), classes=["ek-command"])]
         return line
 
-    def rows(self, alias: str, keys: Iterable[str], figures: dict) -> list[dict]:
+    def rows(self, alias: str, keys: Iterable[str], figures: list) -> list[dict]:
         """One row per number that has something to stand beside it."""
         entry = self.runs.manifest[alias]
-        both = other_execution(entry)
+        both, notebook = other_execution(entry), self.runs.find(alias)[0]["notebook"]
         rows = []
         for key in keys:
             mine, reference = (entry.get(w, {}).get("values", {}).get(key) for w in ("run", "reference"))
-            paper = figures.get((alias, key))
+            paper = next(
+                (f for n, pattern, f in figures if n == notebook and fnmatch.fnmatch(key, pattern)), None
+            )
             if (both and mine and reference) or paper:
                 state = agreement(mine, reference) if both and mine and reference else None
                 rows.append({"key": key, "run": mine, "reference": reference, "state": state, "paper": paper})

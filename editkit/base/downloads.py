@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 from pathlib import Path
 
@@ -25,6 +26,6 @@ def download_dir(kind: str = "corpora") -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    with open(path, "rb") as handle:
+    """sha256 of a file, of its content where it is compressed (.xz); read in blocks."""
+    with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

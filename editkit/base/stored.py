@@ -48,7 +48,7 @@ def read_stored(
                 raise DataError(f"{path} is not {what}; save it with {saver}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read the {noun} {path}: {error}") from error
+        raise DataError(f"cannot read the {noun} {path}: {error}; delete it and make it again") from error
     return json.loads(found[key]), tensors
 
 

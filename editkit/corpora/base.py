@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import lzma
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -242,9 +243,14 @@ def read(
 
 
 def read_json(path: Path) -> tuple[Any, str]:
-    """(parsed content, sha256 of the bytes) of a .json or .jsonl file. Raises DataError."""
+    """(parsed content, sha256 of the bytes) of a .json or .jsonl file, also one with .xz behind. Raises DataError."""
     try:
-        raw = file_to_read(path).read_bytes()
+        path = file_to_read(path)
+        raw = path.read_bytes()
+        if path.suffix == ".xz":
+            path, raw = path.with_suffix(""), lzma.decompress(raw)
+    except lzma.LZMAError as error:
+        raise DataError(f"{path.name} is damaged ({error}); get it again") from error
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror or error}; give the path of an existing file"

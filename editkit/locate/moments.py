@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base.cached import content_key, locked
+from ..base.cached import content_key, found_or_made
 from ..base.errors import ConfigError, DataError, NumericsError
 from ..base.paths import file_to_read, user_path, written
 from ..base.progress import bar
@@ -175,11 +175,6 @@ def _provenance(
     }
 
 
-def _cache_path(cache_dir: str | os.PathLike, provenance: dict, layer: int) -> Path:
-    content = {k: v for k, v in provenance.items() if k not in _NAMES} | {"layer": layer}
-    return user_path(cache_dir) / f"second_moment_layer{layer}_{content_key(content)}.safetensors"
-
-
 def second_moment(
     lm: LM,
     layers: Sequence[int],
@@ -218,30 +213,31 @@ def second_moment(
 
     def compute(missing: Sequence[int]) -> dict[int, Covariance]:
         sums, n = _accumulate(lm, missing, texts, tokens_per_batch, max_length, dtype)
-        return {layer: _finished(lm, layer, sums[layer], n, provenance) for layer in missing}
+        return {layer: _finished(sums[layer], n, about(layer)) for layer in missing}
+
+    def about(layer: int) -> dict:
+        where = {"layer": layer, "module": lm.down_name(layer), "transformers": transformers.__version__}
+        return {**provenance, **where}
 
     if cache_dir is None:
         return compute(layers)
     # Runs that start together often need the same layers: one computes, the others wait and read.
     content = {k: v for k, v in provenance.items() if k not in _NAMES}
-    with locked(cache_dir, f"second_moment_{content_key(content)}"):
-        paths = {layer: _cache_path(cache_dir, provenance, layer) for layer in layers}
-        done = {i: Covariance.load(path).to(lm.device(i)) for i, path in paths.items() if path.exists()}
-        missing = [layer for layer in layers if layer not in done]
-        new = compute(missing) if missing else {}
-        for layer, moment in new.items():
-            moment.save(paths[layer])
-    return {layer: done.get(layer) or new[layer] for layer in layers}
+    names = {f"layer{layer}": layer for layer in layers}
 
+    def make(missing: list[str]) -> dict[str, dict[str, Tensor]]:
+        made = compute([names[name] for name in missing])
+        return {name: {"C": made[names[name]].C, "n": torch.tensor(made[names[name]].n)} for name in missing}
 
-def _finished(lm: LM, layer: int, total: Tensor, n: int, provenance: dict) -> Covariance:
-    """The moment of one layer from the upper triangle of its sum."""
-    about = {
-        **provenance,
-        "layer": layer,
-        "module": lm.down_name(layer),
-        "transformers": transformers.__version__,
+    found = found_or_made(cache_dir, "second_moment", content, make, __file__, list(names))
+    return {
+        layer: Covariance(found[name]["C"], int(found[name]["n"]), about(layer)).to(lm.device(layer))
+        for name, layer in names.items()
     }
+
+
+def _finished(total: Tensor, n: int, about: dict) -> Covariance:
+    """The moment of one layer from the upper triangle of its sum."""
     C = total.triu()
     return Covariance(((C + C.triu(1).T) / n).double(), n, about)
 

@@ -263,8 +263,9 @@ def optimize_targets(
         cache_dir,
         "targets",
         content,
-        lambda: vars(_optimize_all(lm, facts, layer, cfg, contexts, token, module)),
-    )
+        lambda parts: {p: vars(_optimize_all(lm, facts, layer, cfg, contexts, token, module)) for p in parts},
+        __file__,
+    )["all"]
     return TargetResult(*(found[x].to(lm.device(layer)) for x in ("z", "init")), found["losses"])
 
 

@@ -291,7 +291,8 @@ on {recipe["threads"]} core(s) of a CPU, Muon for the matrices of the blocks and
 
 **Editing** `editing.json` holds the site and the options of each method; {origin}.
 
-**Hashes** in `sha256.json`, checked when the model is opened. No licence has been chosen for the project yet.
+**Hashes** in `sha256.json`, checked when the model is opened. Licence: MIT, as the project;
+the CLaRE corpus in its training text is MIT as well.
 """
     path = folder / "README.md"
     path.write_text(text)

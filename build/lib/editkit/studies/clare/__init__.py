@@ -1,0 +1,1 @@
+"""Experiments of the chapter on ripple effects: trials, preservation sets, costs, audits."""

@@ -1,0 +1,1 @@
+"""Experiments of the chapter on sequential editing: sequences, streams, health, revisions."""
