@@ -36,7 +36,8 @@ def standalone() -> Path:
     panels = "".join(f'<div class="ek-try" data-try="{name}"></div>' for name in try_it.PANELS)
     scripts = "".join(f'<script defer src="{name}"></script>' for name in try_it.SCRIPTS)
     (root / "index.html").write_text(
-        f'<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Try it</title><style>{style}</style>'
+        '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Try it</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
         f"<main>{panels}</main>{scripts}</html>",
         encoding="utf-8",
     )

@@ -108,7 +108,7 @@ def test_tables_of_another_model_are_refused(tmp_path):
     shutil.copytree(POCKET, tmp_path / "pocket")
     path = tmp_path / "pocket" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
-    with pytest.raises(DataError, match="another model.*editkit pocket"):
+    with pytest.raises(DataError, match=r"another model.*editkit pocket"):
         pocket.load_table(tmp_path / "pocket")
 
 

@@ -25,8 +25,8 @@ PAGE, FOLDER = "try_it", "_static/try_it"
 SOURCES = Path(__file__).with_name("try_it")
 SCRIPTS = ("engine.js", "edit.js", "session.js", "view.js", "page.js", "model.js")
 PANELS = {
-    "load": "Loading the pocket companion. If this line stays for more than a minute, the browser is older than 2021 or "
-    "the book was copied without its folder _static/try_it; the text of the page can be read all the same.",
+    "load": "Loading the pocket companion. If this line stays for more than a minute, the browser is older than 2021 "
+    "or the book was copied without its folder _static/try_it; the text of the page can be read all the same.",
     "ask": "Here a prompt can be asked.",
     "edit": "Here one fact can be edited.",
     "stream": "Here a stream of edits can be watched.",

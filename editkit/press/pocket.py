@@ -68,8 +68,8 @@ def page_facts(world: World) -> PageFacts:
     rng = np.random.default_rng([SEED, world.seed, 5])
     choices = []
     for f in facts:
-        own = {world.value(r.id, f.subject) for r in world.relations_of_subject(f.relation)}
-        pool = [o for o in world.objects(f.relation) if o not in own | {f.target, f.subject}]
+        own = {*world.attributes(f.relation, f.subject).values(), f.target, f.subject}
+        pool = [o for o in world.objects(f.relation) if o not in own]
         more = rng.choice(pool, N_CHOICES - 1, replace=False).tolist()
         choices.append((f.target, *more))
     kinds = [[(p.prompt, p.answer) for f in facts for p in getattr(f, kind)]
