@@ -47,7 +47,8 @@ def test_one_edit_and_back(browser):
     press(browser, "edit", "What else will move?")
     assert browser.evaluate("document.querySelectorAll('.ek-try-movers tbody tr').length") == 8
     press(browser, "edit", "Write the edit")
-    assert "The edit holds" in text(browser, "[data-try=edit] .ek-try-verdict")
+    verdict = text(browser, "[data-try=edit] .ek-try-verdict")
+    assert "The edit holds; in other words (“The profession of Yara Farrow is …”) it holds as well" in verdict
     assert browser.evaluate("document.querySelectorAll('[data-try=edit] svg circle').length") > 700
     assert text(browser, "[data-try=ask] h4") == "as trained | now"
     assert "1 edit in the weights" in text(browser, ".ek-try-news")

@@ -76,14 +76,16 @@ class Prepared(SphinxRole):
             logger.warning(f"{self.text!r}: write 'text <state>' with a state of {', '.join(STATES)}",
                            location=self.get_location())  # fmt: skip
             return [nodes.emphasis("", self.text)], []
+        if PAGE not in self.env.found_docs:
+            return [nodes.emphasis("", f"{match[1]}: not in this build")], []
         state = STATES[match[2]]
         link = "../" * self.env.docname.count("/") + f"{PAGE}.html" + (f"#{state}" if state else "")
         return [nodes.reference("", match[1], refuri=link, internal=True, classes=["ek-try-link"])], []
 
 
-def write_scripts(app: Sphinx) -> None:
-    """Scripts and model into the book."""
-    if app.builder.format != "html":
+def write_scripts(app: Sphinx, env) -> None:
+    """Scripts and model into the book, if it has the page."""
+    if app.builder.format != "html" or PAGE not in env.found_docs:
         return
     target = Path(app.outdir) / FOLDER
     write_page(target)
@@ -94,5 +96,5 @@ def write_scripts(app: Sphinx) -> None:
 def setup(app: Sphinx) -> dict:
     app.add_directive("try-it", TryIt)
     app.add_role("try-it", Prepared())
-    app.connect("builder-inited", write_scripts)
+    app.connect("env-updated", write_scripts)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

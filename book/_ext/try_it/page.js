@@ -253,6 +253,7 @@
     if (!done?.whitened) return;
     const fell = rows.filter((r) => r.before.holds && !r.after.holds).length, holds = session.written.get(f.id).holds;
     verdict.replaceChildren(`${f.prompt} `, el("b", {}, f.choices[choice]), holds ? ". The edit holds" : ". The edit does not hold; try a smaller λ",
+      `; in other words (“${f.paraphrase} …”) it ${f.other[choice].look().holds ? "holds as well" : "does not"}`,
       fell ? `; ${fell} of ${rows.length} other facts ${fell === 1 ? "has" : "have"} lost the answer (✕).` : `; all ${rows.length} other facts keep their answer.`);
     clouds.replaceChildren(cloud(rows, "whitened", "Whitened keys", done.whitened), cloud(rows, "clare", "CLaRE", done.clare));
     list(rows, "moved", "that moved most");
