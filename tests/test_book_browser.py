@@ -15,7 +15,7 @@ from whole_book import whole_book
 
 pytestmark = pytest.mark.xdist_group("book")
 
-PAGES = ("intro", "ledger", "howto_read", "glossary", "labyrinth/derivation", "foundations/world",
+PAGES = ("intro", "try_it", "ledger", "howto_read", "glossary", "labyrinth/derivation", "foundations/world",
          "foundations/metrics", "contributing/method", "api/methods", "runs/index", "horse/main",
          "troubleshooting/errors", "runs/clare-prediction")  # fmt: skip
 FORMULAS = "[...document.querySelectorAll('main .math')]"
@@ -75,7 +75,7 @@ def test_figures_are_not_blank(browser, page, dark):
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("page", ["intro", "ledger", "foundations/world", "horse/main"])
+@pytest.mark.parametrize("page", ["intro", "try_it", "ledger", "foundations/world", "horse/main"])
 def test_text_can_be_read_in_both_themes(browser, page, dark):
     browser.open(built(page), dark=dark)
     assert browser.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")

@@ -41,6 +41,7 @@ _FILES = "steps/{}/speed_up/files / memory, known facts (processor)"
 _READ = "processor_seconds/{}/ratio"
 _RECURSIVE, _STREAM = "recursive_d4096", "a batch of 100, d = 4,096"
 _MEMOIR, _PLAIN = "edits/15000/batch 32/{}/overhead", "forward pass without memory"
+_PAGE = "a second of the browser"
 ROWS = (
     Row("targets", "targets of 100 facts", "one fact at a time, as released", "speed_up_processor_time", "8"),
     Row("batching", "keys of 100 facts", _ALONE, _BATCH + "keys"),
@@ -84,6 +85,8 @@ ROWS = (
     Row(
         "memoir_lookup", "MEMOIR, 15,000 edits, bypassed", _PLAIN, _MEMOIR.format("miss"), "", "on top", ".1%"
     ),
+    Row("try_it", "forward pass on the page Try it", _PAGE, "per_second/passes", "60", "passes", ".0f"),
+    Row("try_it", "stream of 300 edits there, all facts read again", _PAGE, "per_second/edits", "20", "edits", ".0f"),
     Row("memoir_lookup", "MEMOIR, 15,000 edits, read", _PLAIN, _MEMOIR.format("hit"), "", "on top", ".1%"),
 )
 
