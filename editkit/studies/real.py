@@ -144,8 +144,8 @@ def cost_of_keys(C: torch.Tensor, keys: torch.Tensor) -> float:
     """Mean of k^T C^-1 k over keys (d, n), C (d, d) scaled to trace d: how freely updates may go along these keys.
 
     The larger, the less the moment protects these directions (MEMIT eq. 14: the update is spread by C^-1 k).
-    C is regularised by 1e-6 of its mean diagonal, for directions that no text has.
+    C is regularised by a thousandth of its mean diagonal, for directions that no text has.
     """
     d = C.shape[0]
-    scaled = C * (d / C.trace()) + 1e-6 * torch.eye(d, dtype=C.dtype, device=C.device)
+    scaled = C * (d / C.trace()) + 1e-3 * torch.eye(d, dtype=C.dtype, device=C.device)
     return float((keys * torch.linalg.solve(scaled, keys)).sum(0).mean())
