@@ -87,8 +87,9 @@ def find_spans(
 def _refuse_mixed_tokens(
     filled: Sequence[tuple[str, int, int]], begin: Tensor, end: Tensor, covers_first: Tensor, covers_last: Tensor
 ) -> None:
-    """Raise RequestError where a subject is split otherwise than as a word of its own: where one token holds letters of
-    the subject and letters of the text around it, its state is not that of the subject.
+    """Raise RequestError where a subject is not a word of its own for the tokenizer.
+
+    Where one token holds letters of the subject and of the text around it, its state is not that of the subject.
     """
     for i, (text, start, stop) in enumerate(filled):
         before, behind = text[start - 1 : start].isalnum(), text[stop : stop + 1].isalnum()
