@@ -99,8 +99,8 @@ def _refuse_mixed_tokens(
         mixed = mixed or ((covers_last[i] & (end[i] > stop)).any() if behind else False)
         if bool(mixed):
             raise RequestError(
-                f"the tokenizer splits the subject {text[start:stop]!r} otherwise inside the prompt {text!r}: one token "
-                "holds letters of both; write the template so that the subject is a word of its own"
+                f"the tokenizer splits the subject {text[start:stop]!r} otherwise inside the prompt {text!r}: one "
+                "token holds letters of both; write the template so that the subject is a word of its own"
             )
 
 
