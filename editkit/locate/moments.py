@@ -185,6 +185,7 @@ def second_moment(
     by_length([], tokens_per_batch)  # checks the budget
     max_length = min(tokens_per_batch, lm.max_tokens or tokens_per_batch)
     provenance = _provenance(lm, texts, tokens_per_batch, max_length, dtype)
+
     def compute(missing: Sequence[int]) -> dict[int, Covariance]:
         sums, n = _accumulate(lm, missing, texts, tokens_per_batch, max_length, dtype)
         return {layer: _finished(lm, layer, sums[layer], n, provenance) for layer in missing}

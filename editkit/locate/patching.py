@@ -20,6 +20,7 @@ from ..models.hooks import EditFn, pick, trace
 from ..models.lm import LM
 from ..models.lookup import find_positions, find_spans
 from .keys import Prompt, as_pairs
+from .replay import Replay, run
 
 Kind = Literal["block", "mlp", "attn"]
 GROUPS = ("subject_first", "subject_middle", "subject_last", "after", "last")
@@ -74,7 +75,7 @@ def window_layers(layer: int, window: int, n_layers: int) -> range:
 @torch.no_grad()
 def final_logits(
     lm: LM,
-    batch: Encoding,
+    batch: Encoding | Replay,
     final: Tensor,
     *,
     record: Sequence[str] = (),
@@ -86,7 +87,7 @@ def final_logits(
     """
     top = lm.block_name(lm.n_layers - 1)
     with trace(lm.model, [*record, top], edit=edit, stop_early=True) as seen:
-        lm.forward(batch)
+        run(lm, batch)
     return lm.head(pick(seen.output[top], final)), {name: seen.output[name] for name in record}
 
 

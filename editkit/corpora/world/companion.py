@@ -21,6 +21,7 @@ from .corpus import Example, statement_example, train_tokenizer
 from .train import TrainConfig, greedy_recall, train
 
 SHIPPED = Path(__file__).parent / "companion"
+POCKET = Path(__file__).parent / "pocket"  # the small one that runs in a browser (book/try_it.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,11 @@ class CompanionConfig:
     biographies: int = 6  # free texts per person
     corpus_weight: float = 3.0  # sampling weight of a corpus fact against one world statement
     text_sampling: float = 1.0  # sampling weight of a biography
+
+
+# `editkit train --pocket`: a smaller world, a model of 1.3 million numbers.
+POCKET_WORLD = CompanionConfig(people=100, companies=20, text_sampling=0.5)
+POCKET_RECIPE = TrainConfig(layers=4, width=128, mlp=512, vocab_size=2000, steps=1200, threads=1)
 
 
 def make_world(config: CompanionConfig):
@@ -241,11 +247,14 @@ def write_card(folder: str | Path, note: str = "") -> Path:
     config = json.loads((folder / "config.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     recipe, options = setup["recipe"], setup["companion"]
-    changed = [
+    pocket = recipe["width"] == POCKET_RECIPE.width
+    base = (POCKET_WORLD, POCKET_RECIPE) if pocket else (CompanionConfig(), TrainConfig())
+    changed = ["--pocket"] if pocket else [] if setup["corpus_facts"] else ["--no-corpus"]
+    changed += [
         f"--{k.replace('_', '-')} {v}"
-        for part, cls in ((options, CompanionConfig), (recipe, TrainConfig))
+        for part, default in zip((options, recipe), base, strict=True)
         for k, v in part.items()
-        if v != next(f.default for f in dataclasses.fields(cls) if f.name == k)
+        if v != getattr(default, k)
     ]
     corpus = (
         f"- CLaRE corpus (clare data.json, MIT licence): {report['corpus_unique']:.2%} of "
@@ -254,7 +263,13 @@ def write_card(folder: str | Path, note: str = "") -> Path:
         if "corpus_unique" in report
         else "- trained without the CLaRE corpus\n"
     )
-    text = f"""# Companion model
+    origin = (
+        "they come from trying blocks and lam on the page's own edits. `page.safetensors` (`editkit pocket`) holds\n"
+        'targets and second moments for the book\'s page "Try it"'
+        if pocket
+        else 'the site comes from\ninterchange interventions, see the book\'s page "The world and the model"'
+    )
+    text = f"""# {"Pocket companion" if pocket else "Companion model"}
 
 A {config["num_hidden_layers"]}-layer {config["architectures"][0]} (width {config["hidden_size"]},
 MLP {config["intermediate_size"]}, vocabulary {config["vocab_size"]:,}) trained from scratch on a generated world,
@@ -268,13 +283,12 @@ as a testbed for model editing. It knows nothing else and is of no other use.
   {report["facts_all_templates"]:.2%} of the facts in every wording
 {corpus}
 **Training** {recipe["steps"]:,} steps of {recipe["batch_tokens"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes
-on a 2-core CPU, Muon for the matrices of the blocks and AdamW for the rest, seed {recipe["seed"]}; log in
+on {recipe["threads"]} core(s) of a CPU, Muon for the matrices of the blocks and AdamW for the rest, seed {recipe["seed"]}; log in
 `training_log.jsonl`, settings in `world.json`.
 {note}
 **Made by** `editkit train --out DIR {" ".join(changed)}`
 
-**Editing** `editing.json` holds the site (from interchange interventions) and the options of each method; where
-they come from is on the book's page "The world and the model".
+**Editing** `editing.json` holds the site and the options of each method; {origin}.
 
 **Hashes** in `sha256.json`, checked when the model is opened. No licence has been chosen for the project yet.
 """
