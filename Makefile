@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-# Data sets that lie beside the project are used from there; otherwise they are downloaded.
+# Data sets (the default profile needs none) that lie beside the project are used from there; otherwise they are downloaded.
 ifneq ($(wildcard ../shared/data),)
 export EDITKIT_DATA ?= $(abspath ../shared/data)
 endif
@@ -22,13 +22,13 @@ endif
 # Named after the content of the two files, so that the set-up is repeated when, and only when, they change.
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: book pdf test setup lint pins clean help
+.PHONY: book pdf test test-alone setup lint pins clean help
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 book: $(INSTALLED)
-	@$(BIN)/editkit run studies/$(PROFILE).yaml --jobs $(JOBS)
-	@$(BIN)/editkit book studies/$(PROFILE).yaml
+	@status=0; $(BIN)/editkit run studies/$(PROFILE).yaml --jobs $(JOBS) || status=$$?; \
+	test $$status -gt 1 || $(BIN)/editkit book studies/$(PROFILE).yaml || status=$$?; exit $$status
 
 pdf: $(INSTALLED)
 	@$(BIN)/editkit book studies/$(PROFILE).yaml --pdf
@@ -36,6 +36,12 @@ pdf: $(INSTALLED)
 # One thread per process: the tests run in as many processes as there are cores.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+# Each file of tests alone, last name first: none may lean on what another has left behind.
+test-alone: $(INSTALLED)
+	@failed=; for file in $$(ls -r tests/test_*.py); do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $$file $(PYTEST_ARGS) || failed="$$failed $$file"; done; \
+	test -z "$$failed" || { echo "failed alone:$$failed"; exit 1; }
 
 setup: $(INSTALLED)
 $(INSTALLED):

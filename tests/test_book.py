@@ -17,10 +17,11 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from editkit.base.errors import ConfigError, DataError
+from editkit.cli import main
 from editkit.press import book
 from editkit.press import notebook as nb
 from editkit.press.format import format_value
-from editkit.press.inputs import input_record, prepare
+from editkit.press.inputs import key, prepare
 from editkit.press.layout import Layout
 from editkit.press.quote import Lookup, Runs, agreement, other_execution
 from editkit.press.reference import references
@@ -59,7 +60,7 @@ Facts: nobody's, no licence.
 
 def sidecar(layout, run, score, **more):
     """The sidecar of a finished run, as `editkit run` writes it."""
-    record = input_record(run, layout.root)
+    record = key(run, layout.root, {"opened": [], "modules": {}, "packages": {}})
     value = {
         "value": score,
         "lo": score - 0.01,
@@ -84,8 +85,7 @@ def sidecar(layout, run, score, **more):
         "hardware": {"processor": "a CPU", "cores": 2, "memory_gib": 4.0, "accelerators": [],
                      "torch_threads": 1, "system": "Linux"},
         "peak_memory_mib": {"host": 123.4, "accelerator": None}, "stderr_cells": [],
-        "prose": nb.prose_hash(run.template),
-        "inputs": record | {"modules": {}, "hash": "f" * 64},
+        "inputs": record | {"hash": "f" * 64},
         **more,
     }  # fmt: skip
 
@@ -167,8 +167,8 @@ def make_project(root):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     layout, study, run = make_project(tmp_path_factory.mktemp("book"))
-    index, done = book.build(study, layout)
-    assert done
+    index, done, missing = book.build(study, layout)
+    assert done and not missing
     return layout, study, run, index.parent
 
 
@@ -344,7 +344,7 @@ def test_mathematics_needs_no_network(built):
 def test_a_second_build_does_nothing_and_a_changed_number_is_never_stale(built):
     layout, study, run, html = built
     before = (html / "intro.html").stat().st_mtime_ns
-    assert book.build(study, layout) == (html / "index.html", False)
+    assert book.build(study, layout) == (html / "index.html", False, {})
     assert (html / "intro.html").stat().st_mtime_ns == before
     path = layout.run_dir(run.run_id) / "run.json"
     text = path.read_text()
@@ -383,24 +383,68 @@ def test_a_failed_notebook_stops_the_build(tmp_path):
         book.build(study, layout)
 
 
-def test_a_run_without_any_result_stops_the_build(tmp_path):
+def test_a_run_without_any_result_is_a_page_that_says_why(tmp_path, capfd):
+    """The book can be opened all the same, is built anew the next time, and the command says what is missing."""
     layout, study, run = make_project(tmp_path)
     shutil.rmtree(layout.run_dir(run.run_id))
-    assert (
-        "reference" in book.gather(study, layout)["demo"] and "run" not in book.gather(study, layout)["demo"]
-    )
+    assert set(book.gather(study, layout)[0]["demo"]) == {"reference", "reference_folder", "why"}
     shutil.rmtree(layout.results / "demo")
-    with pytest.raises(DataError, match="no result and no reference for demo"):
-        book.gather(study, layout)
+    layout.outcome(run.run_id).parent.mkdir(parents=True)
+    layout.outcome(run.run_id).write_text(json.dumps({"status": "failed", "message": "ZeroDivisionError: oh"}))
+    command = ["book", "studies/default.yaml", "--root", str(tmp_path)]
+    assert main(command) == 1
+    printed = capfd.readouterr()
+    assert "Open" in printed.out and "missing page: runs/demo (failed: ZeroDivisionError: oh)" in printed.err
+    html = layout.root / "book" / "_build" / "html"
+    assert "ZeroDivisionError: oh" in soup(html, "runs/demo.html").get_text()
+    assert "[missing: demo:score]" in soup(html, "intro.html").get_text()
+    assert soup(html, "intro.html").select_one("a.ek-val").get_text().startswith("12.3")  # of another run
+    layout.outcome(run.run_id).write_text(json.dumps({"status": "unavailable", "message": "needs a GPU"}))
+    assert main(command) == 0 and "unavailable: needs a GPU" in soup(html, "runs/demo.html").get_text()
 
 
-def test_changed_inputs_are_said_on_the_page(tmp_path):
+def test_a_run_that_is_not_available_shows_its_reference_and_says_so(tmp_path):
     layout, study, run = make_project(tmp_path)
-    path = layout.run_dir(run.run_id) / "run.json"
+    shutil.rmtree(layout.run_dir(run.run_id))
+    layout.outcome(run.run_id).parent.mkdir(parents=True)
+    layout.outcome(run.run_id).write_text(json.dumps({"status": "unavailable", "message": "needs data:x"}))
+    assert book.stage(study, layout, tmp_path / "source") == {}
+    page = (tmp_path / "source" / "runs" / "demo.md").read_text()
+    assert "not executed for this copy of the book (needs data:x). Shown are the committed reference results." in page
+
+
+def make_stale(folder):
+    path = folder / "run.json"
     content = json.loads(path.read_text())
-    content["inputs"]["modules"] = {"facts.py": "old"}
+    content["inputs"]["files"] = {"editkit/models/facts.py": "old"}
     path.write_text(json.dumps(content))
-    assert book.gather(study, layout)["demo"]["run"]["stale"] == ["editkit/models/facts.py changed"]
+
+
+def test_stale_results_give_way_to_others_and_are_marked_wherever_they_stand(tmp_path):
+    layout, study, run = make_project(tmp_path)
+    make_stale(layout.run_dir(run.run_id))
+    found = book.gather(study, layout)[0]["demo"]
+    assert found["run"]["stale"] == ["editkit/models/facts.py changed"] and not found["reference"]["stale"]
+    runs = Runs({"demo": found})
+    assert runs.find("demo")[1] == "reference" and runs.find("demo", page="demo")[1] == "run"
+    assert runs.item("demo@run:score", "values")[3] == "run"
+    make_stale(layout.results / "demo")
+    make_stale(layout.results / "elsewhere")
+    index, _, _ = book.build(study, layout)
+    page = soup(index.parent, "intro.html")
+    for quoted in page.select("a.ek-val"):
+        following = [mark.get_text() for mark in quoted.find_next_siblings("sup", limit=2)]
+        assert "stale" in following and "STALE: editkit/models/facts.py changed" in quoted["title"]
+    assert len(page.select("figcaption sup.ek-stale, caption sup.ek-stale")) == 2
+
+
+def test_a_reworded_notebook_gives_a_reworded_page(tmp_path):
+    layout, study, run = make_project(tmp_path)
+    path = layout.root / run.spec.notebook
+    path.write_text(path.read_text().replace("Own number", "Our number"))
+    book.stage(study, layout, tmp_path / "source")
+    page = nbformat.read(tmp_path / "source" / "runs" / "demo.ipynb", as_version=4)
+    assert "Our number" in page.cells[0].source and page.cells[3].outputs[0].text == "hello\n"
 
 
 def test_pages_that_are_not_there_are_named(tmp_path):

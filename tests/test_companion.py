@@ -144,6 +144,8 @@ def test_training_learns_and_resumes_to_the_same_bits(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     with pytest.raises(ConfigError, match="another recipe"):
         train(examples, tokenizer, dataclasses.replace(TINY, lr=1e-4), out_dir=tmp_path, log=lambda s: None)
+    with pytest.raises(ConfigError, match="another world"):  # not its finished weights under this world's name
+        train(examples[1:], tokenizer, TINY, out_dir=tmp_path, log=lambda s: None)
 
 
 def test_build_writes_a_folder_that_opens(tmp_path):

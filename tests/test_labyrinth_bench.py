@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
+from editkit.base import cached
 from editkit.base.errors import ConfigError, DataError
 from editkit.corpora.world.records import changes, edit_facts
 from editkit.corpora.world.world import World
@@ -150,7 +152,7 @@ def test_interrupted_stream_resumes_to_the_same_weights(bench, tmp_path, arm):
     assert asked == [3, 4] and found == notes
     for layer, W in zip(bench.layers, expected, strict=True):
         assert torch.equal(bench.lm.get_matrix(layer), W)
-    assert list((tmp_path / "streams").iterdir()) == []
+    assert [p.name for p in (tmp_path / "streams").iterdir()] == ["locks"]
     fresh.restore()
 
 
@@ -240,3 +242,31 @@ def test_no_edit_touches_a_bystander():
     for relation, subject in touched:
         for template in world.relation(relation).templates:
             assert (template.text, subject) not in asked
+
+
+def test_one_process_at_a_time_runs_a_stream(bench, tmp_path):
+    """Another that wants the same stream waits for its end instead of writing over its state."""
+    keep = Keep(tmp_path, "s", seconds=0)
+    held = FileLock(tmp_path / "locks" / "s.lock")
+    seen = []
+
+    def look(done):
+        with pytest.raises(Timeout):
+            held.acquire(timeout=0)
+        seen.append(done)
+
+    bench.prepare()
+    editor = bench.editor("memit-seq")
+    edit_stream(editor, bench.facts[:2], 1, checkpoint=look, every=1, keep=keep)
+    editor.restore()
+    assert seen == [0, 1, 2]
+    with held.acquire(timeout=0):
+        pass
+
+
+def test_a_changed_source_is_another_stream(bench, tmp_path, monkeypatch):
+    bench.cache_dir = tmp_path
+    editor = bench.editor("memit-seq")
+    before = kept_stream(bench, editor, 2, True).name
+    monkeypatch.setattr(cached, "closure_hash", lambda *files: "another source")
+    assert kept_stream(bench, editor, 2, True).name != before

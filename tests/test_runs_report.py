@@ -42,7 +42,7 @@ def figure(name="fig"):
 
 def test_everything_lands_in_the_results(run, frame):
     run.value(
-        "memit.efficacy", np.float64(0.98765), lo=0.9, hi=1.0, n=np.int64(100), fmt="%", note="ROME protocol"
+        "memit.efficacy", np.float64(0.98765), lo=0.9, hi=1.0, n=np.int64(100), fmt="%", note="ROME", kind="exact"
     )
     run.table("scores", frame, caption="Scores.", fmt={"score": ".1%"})
     run.figure("tradeoff", figure(), caption="A caption.", alt="A falling line.", data=frame)
@@ -53,14 +53,14 @@ def test_everything_lands_in_the_results(run, frame):
     results = json.loads((run.directory / "results.json").read_text())
     assert results["parameters"] == {"n": 3}
     assert results["values"]["memit.efficacy"] == {
-        "value": 0.98765, "lo": 0.9, "hi": 1.0, "n": 100, "unit": "", "note": "ROME protocol", "fmt": ".1%",
+        "value": 0.98765, "lo": 0.9, "hi": 1.0, "n": 100, "unit": "", "note": "ROME", "fmt": ".1%", "kind": "exact",
     }  # fmt: skip
     assert results["timings"]["edit"] >= 0
     assert pd.read_csv(run.directory / results["tables"]["scores"]["file"]).equals(frame)
     assert pd.read_csv(run.directory / results["figures"]["tradeoff"]["data"]).equals(frame)
     assert results["hardware"]["cores"] >= 1 and results["peak_memory_mib"]["host"] > 1
     assert results["packages"]["numpy"] == np.__version__
-    assert "runs/report.py" in results["modules"]
+    assert "editkit.press.report" in results["read"]["modules"]
     assert not list(run.directory.glob(".*"))
 
 
@@ -82,13 +82,79 @@ def test_a_key_may_be_repeated_only_interactively(run):
         ({"x": 1.0, "lo": 2.0, "hi": 1.0}, "both ends"),
         ({"x": 1.0, "fmt": "zz"}, "number format"),
         ({"x": 1.0, "key": "no spaces"}, "no key"),
+        ({"x": 1.0, "kind": "bootstrp"}, "did you mean 'bootstrap'"),
         ({"x": 1.0, "key": "../up"}, "no key"),
     ],
 )
 def test_bad_values_are_refused(run, options, message):
     with pytest.raises(ConfigError, match=message):
         run.value(options.pop("key", "k"), options.pop("x"), **options)
-    assert not run.values
+    assert not run.numbers
+
+
+def test_a_frame_is_recorded_in_one_call(run):
+    rows = [
+        {"method": "memit", "axis": "efficacy", "mean": 0.5, "lo": 0.4, "hi": 0.6, "n": 10},
+        {"method": "rome", "axis": "efficacy", "mean": 0.7, "lo": np.nan, "hi": np.nan, "n": 3},
+        {"method": "ft", "axis": "efficacy", "mean": np.nan, "lo": np.nan, "hi": np.nan, "n": 0},
+    ]
+    made = run.values(
+        pd.DataFrame(rows), "{method}.{axis}", note="{axis} of {method}", kind="bootstrap", scale=100, unit="points"
+    )
+    assert [value.key for value in made] == ["memit.efficacy", "rome.efficacy", "ft.efficacy"]
+    first, second, third = (value.record for value in made)
+    assert (first["value"], first["lo"], first["hi"], first["n"]) == (50.0, 40.0, 60.0, 10)
+    assert first["kind"] == "bootstrap" and first["note"] == "efficacy of memit" and first["unit"] == "points"
+    assert (second["value"], second["lo"], second["hi"]) == (70.0, None, None) and third["value"] is None
+    seconds = pd.DataFrame({"m": ["a"], "s": [1.5]})
+    [value] = run.values(seconds, "{m}.seconds", x="s", n=3, fmt=".1f", kind="seeds")
+    assert value.record["n"] == 3 and value.record["lo"] is None
+    with pytest.raises(ConfigError, match="no column 'mean'; it has m, s"):
+        run.values(seconds, "{m}.again")
+    with pytest.raises(KeyError):
+        run.values(seconds, "{method}.seconds", x="s")
+
+
+def test_nothing_is_recorded_after_the_end(run):
+    run.finish()
+    for late in (lambda: run.value("a", 1), lambda: run.table("t", pd.DataFrame({"x": [1]}))):
+        with pytest.raises(ConfigError, match=r"after run.finish\(\)"):
+            late()
+
+
+def test_a_parameter_changed_in_a_later_cell_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv(PARAMETERS, json.dumps({"n": 3, "layers": [1]}))
+    monkeypatch.setenv(RUN_DIR, str(tmp_path))
+    for change in ({"n": 99}, {"layers": [1, 2]}):
+        namespace = {"n": 3, "layers": [1]}
+        run = start(namespace, style=False)
+        namespace |= change
+        with pytest.raises(ConfigError, match="the notebook set it to"):
+            run.finish()
+    assert not (tmp_path / "results.json").exists()
+
+
+CELL = 'n_edits: int = 100  # how many\nrate: float = 0.5  # share [0..1]\nlayers: list = []  # [0..]'
+
+
+@pytest.mark.parametrize(
+    ("injected", "message"),
+    [
+        ("n_edit = 100", "unknown parameter of this notebook 'n_edit'; did you mean 'n_edits'"),
+        ('n_edits = "forty"', "n_edits is declared as int, got 'forty'"), ("n_edits = 12.5", "as int"),
+        ("n_edits = True", "as int"), ("n_edits = -5", "above 0"), ("n_edits = 0", "above 0"),
+        ('rate = float("nan")', "finite"), ("rate = 2", r"in \[0..1\]"), ("layers = [-1]", r"in \[0..\]"),
+    ],
+)  # fmt: skip
+def test_what_papermill_injects_is_checked_before_any_work(injected, message):
+    """papermill itself warns of a misspelt name in its log, and checks nothing else."""
+    cell = f"# Parameters\n{injected}\n"
+    namespace: dict = {"In": ["", CELL, cell, "run = start(globals())"]}
+    exec(CELL + "\n" + cell, namespace)
+    with pytest.raises(ConfigError, match=message):
+        start(namespace, style=False)
+    namespace |= {"In": ["", CELL, "# Parameters\nn_edits = 5\n"], "n_edits": 5, "rate": 0.5, "layers": []}
+    assert start(namespace, style=False).parameters == {"n_edits": 5, "rate": 0.5, "layers": []}
 
 
 def test_infinity_and_missing_survive_json(run):
@@ -132,7 +198,9 @@ def test_figures_follow_the_theme_and_can_share_a_page(run):
 
 
 def test_svg_is_deterministic(run):
+    matplotlib.rcdefaults()  # whatever style is set, or none
     texts = [Run({}, run.directory).figure("f", figure(), caption="c", alt="a").svg for _ in range(2)]
+    assert 'id="' in texts[0]
     assert texts[0] == texts[1] and "20" + "26-" not in texts[0].split("<defs>")[0]
 
 

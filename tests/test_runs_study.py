@@ -7,11 +7,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from editkit.base.errors import ConfigError
+from editkit.base.sources import code_hash, digest, environment_names, source_hash, tree_hash
 from editkit.press import notebook as nb
 from editkit.press.command import parse_override
 from editkit.press.inputs import prepare
-from editkit.press.provenance import digest, source_hash, sources_changed, tree_hash
-from editkit.press.study import data_hashes, load_study, missing_files, parse_yaml
+from editkit.press.study import load_study, missing_files, parse_yaml
 
 BODY = ("from editkit.press import start", "run = start(globals(), style=False)", "run.finish()")
 
@@ -23,7 +23,9 @@ def code(source, *tags):
 
 
 def template(
-    parameters="n: int = 3  # how many\nrate: float = 0.5  # speed\nname: str = 'memit'  # method", body=BODY
+    parameters="n: int = 3  # how many\nrate: float = 0.5  # speed [0..1]\nname: str = 'memit'  # method\n"
+    "sizes: list = []  # sizes\nmore: dict = {}  # options",
+    body=BODY,
 ):
     cells = [new_markdown_cell("# Title"), code(parameters, "parameters"), *(code(line) for line in body)]
     return new_notebook(cells=cells)
@@ -93,6 +95,17 @@ def test_an_alias_is_made_from_notebook_and_grid(project):
         (ENTRY + "include: other.yaml\n", "list of study files"),
         (ENTRY + "include: [default.yaml]\n", "includes itself"),
         (ENTRY + "include: [absent.yaml]\n", "cannot read the study"),
+        (ENTRY + "    alias: a\n    alias: b\n", "(?s)'alias' stands twice.*line 4"),
+        (ENTRY + "    parameters: {n: !!binary aGk=}\n", "(?s)tag .*binary.*line 3, column 21"),
+        (ENTRY + "    tags: !!set {a, b}\n", "(?s)tag .*set.*line 3"),
+        (ENTRY + "    title: !!timestamp 2024-01-01\n", "(?s)tag .*timestamp.*line 3"),
+        (ENTRY + "    title: !mine x\n", "(?s)tag !mine.*line 3"),
+        (ENTRY + "    parameters: &p {n: *p}\n", "(?s)anchors.*line 3"),
+        (ENTRY + "    parameters: {n: " + 5000 * "9" + "}\n", "(?s)more than 30 signs.*line 3, column 21"),
+        (ENTRY + "    parameters: {1: 2}\n", "(?s)a key must be a text.*line 3"),
+        (ENTRY + "    parameters: {? [n] : 2}\n", "(?s)a key must be a text.*line 3"),
+        (ENTRY + "    title: " + 2000 * "[" + 2000 * "]" + "\n", "nested too deeply"),
+        (ENTRY + "    title: \0\n", "not valid YAML"),
     ],
 )
 def test_mistakes_in_study_files_are_named(project, text, message):
@@ -122,13 +135,19 @@ def test_a_name_that_selects_nothing_is_refused(project):
 
 
 def test_yaml_means_what_people_write():
-    text = (
-        "{a: 1e-5, b: 1E3, c: 1.5, d: 3, e: no, f: true, g: 2024-01-01, h: '1e-5', i: 1_000, j: -.5, k: 1e5x}"
-    )
+    text = "{a: 1e-5, b: 1E3, c: 1.5, d: 3, e: no, f: true, g: 2024-01-01, h: '1e-5', i: 1_0, j: -.5, k: 1e5x, l: }"
     assert parse_yaml(text) == {
         "a": 1e-5, "b": 1000.0, "c": 1.5, "d": 3, "e": "no", "f": True, "g": "2024-01-01", "h": "1e-5",
-        "i": 1000, "j": -0.5, "k": "1e5x",
+        "i": "1_0", "j": -0.5, "k": "1e5x", "l": None,
     }  # fmt: skip
+    assert parse_yaml("[010, 12:30, 0x1F, .inf, .nan, 0, -3]") == ["010", "12:30", "0x1F", ".inf", ".nan", 0, -3]
+
+
+def test_a_study_that_is_no_text_is_named(project):
+    path = project.root / "studies" / "default.yaml"
+    path.write_bytes(b"runs: \xff")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_study(path)
 
 
 def test_overrides_replace_parameters_and_grid_axes(project):
@@ -137,23 +156,28 @@ def test_overrides_replace_parameters_and_grid_axes(project):
     )
     assert [r.parameters for r in study.runs] == [{"rate": 0.1, "n": 7}]
     assert parse_override("layers=[0, 1]") == ("layers", [0, 1])
-    with pytest.raises(ConfigError, match="NAME=VALUE"):
-        parse_override("n")
+    for text, message in (("n", "NAME=VALUE"), ("n=[", "-p n="), ("n=!!set {}", "tag")):
+        with pytest.raises(ConfigError, match=message):
+            parse_override(text)
 
 
 # -------------------------------------------------------------------- parameters
 
 
 def test_defaults_are_filled_in_and_types_checked(project):
-    [run] = prepare(project(ENTRY + "    parameters: {rate: 2}\n").runs, project.root)
-    assert run.parameters == {"n": 3, "rate": 2, "name": "memit"}
+    [run] = prepare(project(ENTRY + "    parameters: {rate: 1, more: {lam: -1}}\n").runs, project.root)
+    assert run.parameters == {"n": 3, "rate": 1, "name": "memit", "sizes": [], "more": {"lam": -1}}
     assert run.declared["n"] == nb.Declared("n", "int", 3, "how many")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("{n_edits: 1}", r"does not declare \['n_edits'\]"), ("{n: 1.5}", "declared as int"),
-     ("{n: true}", "as int"), ("{name: 3}", "declared as str")],
+    [("{nn: 1}", "unknown parameter .*'nn'; did you mean 'n'"), ("{n: 1.5}", "declared as int"),
+     ("{n: true}", "as int"), ("{name: 3}", "declared as str"), ("{n: 010}", "as int, got '010'"),
+     ("{rate: .inf}", "declared as float"), ("{n: 0}", "n = 0; give a number above 0"), ("{n: -2}", "above 0"),
+     ("{rate: 1.5}", r"rate = 1.5; give a number in \[0..1\]"), ("{rate: 1e999}", "finite"),
+     ("{name: no, sizes: [1, 0]}", "sizes = 0; give a number above 0"), ("{sizes: [.5, x, [-1]]}", "sizes = -1"),
+     ("{more: {lam: 1e999}}", "finite")],
 )  # fmt: skip
 def test_misspelt_and_mistyped_parameters_are_refused(project, given, message):
     """papermill would only warn, and run with the defaults."""
@@ -167,7 +191,8 @@ def test_misspelt_and_mistyped_parameters_are_refused(project, given, message):
         (new_notebook(cells=[code("n = 1"), *map(code, BODY)]), "exactly one code cell"),
         (new_notebook(cells=[code("n: int = 1", "parameters"), code("m: int = 1", "parameters")]), "found 2"),
         (template(parameters="n: int = 1 + 1  # not a literal"), "literal"),
-        (template(parameters="n: int | None = None  # a type papermill does not read"), "cannot read .*'n'"),
+        (template(parameters="n, m = 1, 2"), "cannot read the declaration 'n, m"),
+        (template(parameters="n = 1"), "cannot read the declaration 'n = 1'"),
         (template(body=BODY[:2]), r"the call .finish\(\)"),
         (template(body=BODY[2:]), "the call start"),
     ],
@@ -194,23 +219,30 @@ def test_prose_and_looks_do_not_count_as_code():
     reworded, tagged, edited, moved = (nbformat.from_dict(base) for _ in range(4))
     reworded.cells[0].source = "# Another title"
     tagged.cells[2].metadata["tags"] = ["hide-input"]
-    edited.cells[2].source += "  # changed"
+    tagged.cells[3].source += "  # a comment"
+    edited.cells[3].source += "; x = 1"
     moved.cells[2].metadata["tags"] = ["parameters"]
     assert nb.code_hash(reworded) == nb.code_hash(tagged) == nb.code_hash(base)
-    assert nb.prose_hash(reworded) != nb.prose_hash(base) != nb.prose_hash(tagged)
     assert nb.code_hash(base) not in (nb.code_hash(edited), nb.code_hash(moved))
 
 
-def test_comments_do_not_change_a_source_hash(tmp_path):
+def test_words_do_not_change_a_source_hash(tmp_path):
     path = tmp_path / "m.py"
-    path.write_text("x = 1\n")
+    path.write_text("def f():\n    return 1\n")
     old = source_hash(path)
-    path.write_text("# a comment\nx  =  1\n")
-    assert source_hash(path) == old and sources_changed({"m.py": old}, tmp_path) == []
-    path.write_text("x = 2\n")
-    assert sources_changed({"m.py": old, "gone.py": "absent"}, tmp_path) == ["m.py"]
-    path.unlink()
-    assert sources_changed({"m.py": old}, tmp_path) == ["m.py"]
+    path.write_text('"""Module."""\n# a comment\ndef f():\n    """Words."""\n    return  1\n')
+    assert source_hash(path) == old
+    path.write_text("def f():\n    return 2\n")
+    assert source_hash(path) != old
+    assert source_hash(tmp_path / "gone.py") == "absent"
+    read = 'def f():\n    """{}"""\nprint(f.__doc__)'
+    assert code_hash(read.format("a")) != code_hash(read.format("b"))  # somebody reads the words
+    assert code_hash("!ls") != code_hash("!pwd")
+
+
+def test_environment_variables_are_found_by_name():
+    text = "import os\nos.environ['A'], os.getenv('B', 1), os.environ.get('C'), 'D' in os.environ, os.environ[x]"
+    assert environment_names(text) == {"A", "B", "C", "D"} and environment_names("!x") == set()
 
 
 def test_tree_hash_sees_names_and_contents(tmp_path):
@@ -224,17 +256,14 @@ def test_tree_hash_sees_names_and_contents(tmp_path):
     assert digest("ab", "c") != digest("a", "bc")
 
 
-def test_data_inputs_are_found_hashed_and_required(project, monkeypatch, tmp_path_factory):
+def test_required_data_is_found(project, monkeypatch, tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
     monkeypatch.setenv("EDITKIT_DATA", str(data))
     [run] = project(ENTRY + "    inputs: [notebooks]\n    requires: ['data:clare/data.json']\n").runs
     assert missing_files(run, project.root) == ["data:clare/data.json"]
-    before = data_hashes(run, project.root)
-    assert before["data:clare/data.json"] == "absent" and before["notebooks"] != "absent"
     (data / "clare").mkdir()
     (data / "clare" / "data.json").write_text("[]")
     assert missing_files(run, project.root) == []
-    assert data_hashes(run, project.root)["data:clare/data.json"] != "absent"
 
 
 # -------------------------------------------------------------------- the gate
@@ -273,7 +302,7 @@ def test_refreshed_prose_keeps_outputs():
     new.cells[0].source = "# New title"
     new.cells.insert(3, new_markdown_cell("A new paragraph."))
     new.cells[2].metadata["tags"] = ["hide-input"]
-    fresh = nb.refresh_prose(old, new)
+    fresh = nb.with_prose(old, new)
     kinds = [(c.cell_type, c.source) for c in fresh.cells]
     assert kinds[0] == ("markdown", "# New title") and kinds[2] == ("code", "n = 5")
     assert kinds[4] == ("markdown", "A new paragraph.")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import SENTENCES, make_lm
 
+from editkit.base import cached, sources
 from editkit.base.errors import DataError
 from editkit.locate import targets
 from editkit.locate.moments import second_moment
@@ -99,3 +100,34 @@ def test_a_broken_file_is_named(tmp_path, facts):
     file.write_bytes(b"half a file")
     with pytest.raises(DataError, match=file.name):
         optimize_targets(lm, facts, 1, TargetConfig(steps=1), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("what", ["source", "library"])
+def test_targets_of_other_code_are_not_found(tmp_path, facts, made, monkeypatch, what):
+    """A fix in the optimiser, or another torch: the old targets do not come back."""
+    lm = make_lm("gpt2")
+    for _ in range(2):
+        optimize_targets(lm, facts, 1, TargetConfig(steps=1), contexts=CONTEXTS, cache_dir=tmp_path)
+    assert len(made) == 1
+    if what == "source":
+        real = sources.code_hash
+        sources._source_hash.cache_clear()
+        monkeypatch.setattr(sources, "code_hash", lambda text: real(text + "\nfixed = True"))
+    else:
+        monkeypatch.setattr(cached.metadata, "version", lambda name: "0.1")
+    optimize_targets(lm, facts, 1, TargetConfig(steps=1), contexts=CONTEXTS, cache_dir=tmp_path)
+    sources._source_hash.cache_clear()
+    assert len(made) == 2
+
+
+def test_the_source_of_targets_is_all_that_they_call():
+    """What the module imports, and what that imports; not who calls it, and not words."""
+    seen, queue = set(), [sources.PACKAGE / "locate" / "targets.py"]
+    while queue:
+        path = queue.pop()
+        if path not in seen:
+            seen.add(path)
+            queue += sources._imports(path)
+    names = {path.relative_to(sources.PACKAGE).as_posix() for path in seen}
+    assert {"locate/targets.py", "locate/contexts.py", "models/hooks.py", "models/lm.py"} <= names
+    assert not [name for name in names if name.startswith(("methods/", "press/", "studies/"))]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from editkit.base.errors import ConfigError, RequestError
 from editkit.locate.patching import GROUPS, final_logits, first_answer_ids, position_groups, window_layers
 from editkit.locate.tracing import CausalTrace, causal_trace, critical_layers, subject_noise_scale
+from editkit.models.answers import split_tokens
 from editkit.models.facts import Fact
 from editkit.models.hooks import trace
 from editkit.models.lm import LM
@@ -170,19 +171,23 @@ def test_noise_scale_is_that_of_subject_embeddings():
 def test_first_answer_token(kind):
     lm = make_lm(tokenizer=kind)
     texts, answers = ["The mother tongue of Ana Silva is", "Li plays the"], ["French", "violin"]
-    for token, answer in zip(first_answer_ids(lm, texts, answers).tolist(), answers, strict=True):
+    for token, answer in zip(
+        first_answer_ids(lm, list(zip(texts, answers, strict=True))).tolist(), answers, strict=True
+    ):
         assert answer.startswith(lm.tokenizer.decode([token]).strip()[:1])
     result = causal_trace(lm, [Fact("{} plays the", "Li", "x", "violin")], samples=1, answer="true")
-    assert result.answers.tolist() == first_answer_ids(lm, ["Li plays the"], ["violin"]).tolist()
+    assert result.answers.tolist() == first_answer_ids(lm, [("Li plays the", "violin")]).tolist()
 
 
-def test_answer_that_merges_with_the_prompt_is_refused():
+def test_answer_that_merges_with_the_prompt_keeps_the_prompts_tokens():
     lm = make_lm()
     tok = Tokenizer(BPE())  # without pre-tokenizer, so that pieces cross word borders
-    tok.train_from_iterator(["ab cd"] * 5, BpeTrainer(special_tokens=["</s>"]))
+    tok.train_from_iterator(["ab cd", "\n"] * 5, BpeTrainer(special_tokens=["</s>"]))
     lm = LM(lm.model, PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>"))
-    with pytest.raises(RequestError, match="'ab' change when the answer 'cd'"):
-        first_answer_ids(lm, ["ab"], ["cd"])
+    assert len(lm.tokenizer("ab cd")["input_ids"]) == 1
+    ((ids, start),) = split_tokens(lm, [("ab", "cd")])
+    assert ids[:start] == lm.tokenizer("ab")["input_ids"] and lm.tokenizer.decode(ids[start:]) == " cd"
+    assert first_answer_ids(lm, [("ab", "cd")]).tolist() == ids[start : start + 1]
 
 
 def test_bad_input_is_refused(facts):

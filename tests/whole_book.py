@@ -133,5 +133,5 @@ def whole_book() -> Path:
     shutil.copy2(ROOT / "_config.yml", root / "_config.yml")
     stand_ins(root, root / "book")
     whole_book.layout = Layout(root)
-    index, _ = book.build(Study("pages", "Pages", ()), Layout(root))
+    index, _, _ = book.build(Study("pages", "Pages", ()), Layout(root))
     return index.parent

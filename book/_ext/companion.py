@@ -35,8 +35,8 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from editkit.press.book import MANIFEST, PAGES
-from editkit.press.format import format_number, format_value
-from editkit.press.quote import Lookup, Runs, agreement, origin, other_execution
+from editkit.press.format import KINDS, format_number, format_value
+from editkit.press.quote import Lookup, Runs, agreement, marks, origin, other_execution
 
 logger = logging.getLogger(__name__)
 _CODE = re.compile(r"(``[^`\n]+``|`[^`\n]+`)")
@@ -60,6 +60,11 @@ def run_uri(env, alias: str) -> str:
         return env.app.builder.get_relative_uri(env.docname, f"{PAGES}/{alias}")
     except NoUri:
         return ""
+
+
+def stale_mark() -> nodes.superscript:
+    """Stands wherever something is quoted from a result whose inputs have changed since."""
+    return nodes.superscript("", "stale", classes=["ek-stale"])
 
 
 class Base(SphinxDirective):
@@ -102,6 +107,7 @@ class Base(SphinxDirective):
         """ "Run · data" under a figure or table."""
         parts = [self.run_link(alias, "reference run" if which == "reference" else "run")]
         parts[0]["reftitle"] = origin(sidecar, which)
+        parts += [stale_mark()] if "stale" in marks(sidecar, which) else []
         if data:
             parts += [nodes.Text(" · "), self.link("data", self.url(alias, which, data))]
         return [nodes.inline("", " ("), *parts, nodes.Text(")")]
@@ -123,7 +129,7 @@ class Val(SphinxRole):
         text = format_value(record, spec=None if bare else option or None, interval=not bare)
         notes = [origin(sidecar, which)]
         if record["lo"] is not None:
-            notes.append("[ ] = 95 % interval")
+            notes.append(f"[ ] = {KINDS[record.get('kind', '')]}")
         if record["n"] is not None:
             notes.append(f"n = {record['n']:,}")
         notes += [record["note"]] if record["note"] else []
@@ -135,9 +141,9 @@ class Val(SphinxRole):
             "", text, refuri=run_uri(self.env, alias), internal=True, classes=["ek-val"], reftitle="; ".join(notes)
         )
         node["companion"] = {"alias": alias, "which": which, "key": target.split(":", 1)[1].strip()}
-        mark = [nodes.superscript("", "ref")] if which == "reference" else []
+        mark = [stale_mark() if word == "stale" else nodes.superscript("", word) for word in marks(sidecar, which)]
         if apart:  # the table under the page has both values (beside.py)
-            mark = [nodes.superscript("", "≠ref", classes=["ek-apart"])]
+            mark.append(nodes.superscript("", "≠ref", classes=["ek-apart"]))
         return [node, *mark], []
 
     def reference(self, alias: str, target: str) -> dict | None:
@@ -241,7 +247,7 @@ class RunParameters(Base):
     """The parameters of a run: value, default, meaning."""
 
     def build(self) -> list[nodes.Node]:
-        sidecar, _ = self.runs.find(self.arguments[0])
+        sidecar, _ = self.runs.find(self.arguments[0], page=self.page)
         head = ["parameter", "type", "value", "default", "meaning"]
         body = []
         for p in sidecar["parameters"]:
@@ -256,7 +262,7 @@ class Provenance(Base):
 
     def build(self) -> list[nodes.Node]:
         alias = self.arguments[0]
-        sidecar, which = self.runs.find(alias)
+        sidecar, which = self.runs.find(alias, page=self.page)
         title = nodes.inline("", f"Provenance: {origin(sidecar, which)}")
         box = nodes.container("", classes=["ek-provenance"])
         box += nodes.raw("", "<details><summary>", format="html")
@@ -278,12 +284,13 @@ class Provenance(Base):
         if memory["accelerator"]:
             peak += f", GPU {memory['accelerator']:,.0f} MiB"
         parameters = ", ".join(f"{p['name']} = {json.dumps(p['value'])}" for p in sidecar["parameters"])
+        cpu = f", {sidecar['processor_seconds']:,.1f} processor seconds" if "processor_seconds" in sidecar else ""
         timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in sidecar["timings"].items())
         rows = [
             ("notebook", f"{sidecar['notebook']} (study {sidecar['study']})"),
             ("parameters", parameters or "none"),
             ("commit", self.commit(git)),
-            ("started, took", f"{sidecar['started']}, {sidecar['wall_seconds']:,.1f} s"),
+            ("started, took", f"{sidecar['started']}, {sidecar['wall_seconds']:,.1f} s{cpu}"),
             ("timers", timings),
             ("machine", f"{machine['processor']}, {machine['cores']} cores{gib}, {device}"),
             ("peak memory", peak),
@@ -352,11 +359,8 @@ class RunList(Base):
         body = []
         for alias in self.runs.manifest:
             sidecar, which = self.runs.find(alias)
-            state = (
-                "reference only"
-                if which == "reference"
-                else ("inputs changed" if sidecar["stale"] else "current")
-            )
+            state = "reference" if which == "reference" else "run"
+            state += ", inputs changed since" if sidecar["stale"] else ", current"
             body.append([[self.run_link(alias, sidecar["title"] or alias)], sidecar["notebook"],
                          f"{sidecar['wall_seconds']:,.1f} s", sidecar["started"][:10], state])  # fmt: skip
         if not body:

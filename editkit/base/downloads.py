@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 from pathlib import Path
+
+from .paths import user_path
 
 DOWNLOADS_ENV = "EDITKIT_DOWNLOADS"
 
@@ -15,7 +18,7 @@ def download_dir(kind: str = "corpora") -> Path:
     kind: "corpora" (directly below EDITKIT_DOWNLOADS) or another word, a folder of its own.
     """
     if os.environ.get(DOWNLOADS_ENV):
-        given = Path(os.environ[DOWNLOADS_ENV])
+        given = user_path(os.environ[DOWNLOADS_ENV])
         return given if kind == "corpora" else given / kind
     import pooch
 
@@ -23,6 +26,6 @@ def download_dir(kind: str = "corpora") -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    with open(path, "rb") as handle:
+    """sha256 of a file, of its content where it is compressed (.xz); read in blocks."""
+    with lzma.open(path) if path.suffix == ".xz" else open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

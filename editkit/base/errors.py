@@ -17,6 +17,10 @@ class DataError(EditkitError):
     """A data file or record is missing, malformed or fails its hash check."""
 
 
+class UnavailableError(DataError):
+    """Data or a model that this machine cannot get now. A run that needs it is not available here, not failed."""
+
+
 class ConfigError(EditkitError):
     """A configuration field is unknown, of the wrong type or out of range."""
 

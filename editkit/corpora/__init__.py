@@ -1,8 +1,7 @@
 """Data sets of model editing: one loader per corpus, each returning `Fact` objects or typed records.
 
     from editkit.corpora import clare
-    facts = clare.load()          # 11,427 facts; from $EDITKIT_DATA/clare/data.json or downloaded, hash
-    checked
+    facts = clare.load()          # 11,427 facts; they lie in the package
 
 Loaders: clare, counterfact, zsre, selfcheck, temporal -> Facts; mquake, ripple -> typed records that hold
 Facts. All take (path, limit=, on_error="raise" | "skip") and return a `Corpus`: a list with `.provenance`. The

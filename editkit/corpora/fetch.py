@@ -1,8 +1,8 @@
 """Where the files of the corpora come from: registry, offline folder, checked download.
 
-A file is looked up in the folder named by the environment variable EDITKIT_DATA, then in the download cache
-(EDITKIT_DOWNLOADS or the user's cache folder), and is downloaded last. A file with a known sha256 is checked
-wherever it was found.
+The CLaRE corpus lies in the package, compressed, with its licence (`packed/`). Other files are looked up in the folder
+named by the environment variable EDITKIT_DATA, then in the download cache (EDITKIT_DOWNLOADS or the user's cache
+folder), and are downloaded last. A file with a known sha256 is checked wherever it was found.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..base.downloads import download_dir, sha256_of
-from ..base.errors import DataError
+from ..base.errors import DataError, UnavailableError
+from ..base.paths import user_path
 
 log = logging.getLogger(__name__)
 
+PACKED = Path(__file__).parent / "packed"
 DATA_ENV = "EDITKIT_DATA"
 
 
@@ -29,7 +31,7 @@ class Source:
     sha256:  None where no checked copy was at hand; then a download needs `allow_unverified`.
     seen:    {sha256: where} hashes of public copies, told to the user for comparison, never a proof.
     home:    page of the data set.   licence: as stated by the repository that hands it out.
-    commit:  commit of that repository, None if the address is not pinned.
+    commit:  commit of that repository, None if the address is not pinned.   packed: name in `packed/`, if it is there.
     """
 
     file: str
@@ -39,6 +41,7 @@ class Source:
     sha256: str | None = None
     commit: str | None = None
     seen: dict[str, str] = dataclasses.field(default_factory=dict)
+    packed: str | None = None
 
 
 _CLARE = "7695423d5421d8181eb3dafe4c6541e5eefefa37"
@@ -75,6 +78,7 @@ REGISTRY: dict[str, Source] = {
         "MIT",
         "ce788d61582859ea0b3e390d9dd51920b3f65ad7406a47e65c4991dd4d800c58",
         _CLARE,
+        packed="clare.json.xz",
     ),
     "counterfact": _memit(
         "counterfact",
@@ -120,17 +124,20 @@ def fetch(
     registry: dict[str, Source] = REGISTRY,
     downloader: Callable | None = None,
 ) -> Path:
-    """Path of a registered file, downloaded if necessary.
+    """Path of a registered file, downloaded if necessary. It may be compressed (.xz); `base.read` reads either.
 
     allow_unverified: download a file whose sha256 is not known to editkit; the one found is logged.
     downloader: pooch downloader, `f(url, output_file, pooch)`, for proxies and tests.
-    Raises DataError for an unknown name, a wrong hash, or a file that is neither at hand nor downloadable.
+    Raises DataError for an unknown name and a wrong hash, its subclass UnavailableError for a file that is neither at
+    hand nor downloadable.
     """
     if name not in registry:
         raise DataError(f"unknown corpus file {name!r}; known are {', '.join(sorted(registry))}")
     source = registry[name]
+    if source.packed:
+        return _checked(name, source, PACKED / source.packed, "install editkit again")
     local = os.environ.get(DATA_ENV)
-    if local and (path := Path(local) / source.file).is_file():
+    if local and (path := user_path(local) / source.file).is_file():
         return _checked(name, source, path, f"replace it by the file from {source.url or source.home}")
     cached = download_dir() / source.file
     if cached.is_file() and (source.sha256 is None or sha256_of(cached) == source.sha256):
@@ -138,10 +145,10 @@ def fetch(
     searched = f"{DATA_ENV} is {'not set' if not local else repr(local) + ' and has no ' + source.file}"
     advice = f"put the file at ${DATA_ENV}/{source.file}, or give a path to the loader"
     if source.url is None:
-        raise DataError(f"{name}: editkit knows no address to download it from ({searched}). "
-                        f"Get it from {source.home} and {advice}.")  # fmt: skip
+        raise UnavailableError(f"{name}: editkit knows no address to download it from ({searched}). "
+                               f"Get it from {source.home} and {advice}.")  # fmt: skip
     if source.sha256 is None and not allow_unverified:
-        raise DataError(
+        raise UnavailableError(
             f"{name}: {searched}. Without a known hash, {source.url} is not downloaded unasked. "
             f"Repeat with allow_unverified=True (`editkit fetch {name} --allow-unverified`), or {advice}."
         )
@@ -156,7 +163,7 @@ def fetch(
             downloader=downloader,
         )
     except Exception as error:  # requests, OS and pooch errors: all mean "no file"
-        raise DataError(
+        raise UnavailableError(
             f"{name}: {searched}, and {source.url} could not be downloaded ({_reason(error)}). "
             f"Check the connection, or {advice}."
         ) from error

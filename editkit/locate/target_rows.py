@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..base.errors import RequestError
+from ..models.answers import pad_rows, split_tokens
 from ..models.batching import Encoding
-from ..models.facts import Fact
+from ..models.facts import SLOT, Fact
+from ..models.joining import marked
 from ..models.lm import LM
 from ..models.lookup import Where, find_spans
 from .contexts import ContextTemplates
@@ -56,28 +58,29 @@ def encode_targets(
     token: Where = "subject_last",
     kl_prompt: str | None = None,
 ) -> TargetRows:
-    """Tokenize prompt and target as one text; by character offsets a token is the target's if it ends behind
-    the prompt. The last target token is predicted but never read, so it is masked like padding.
+    """Prompts in all contexts with their targets, tokenised by `models.answers.split_tokens`. The last target token
+    is predicted but never read, so it is masked like padding.
 
     With `kl_prompt` each fact gets one more row, without a target. Raises RequestError naming prompt and
     subject.
     """
-    pairs, cuts = [], []
+    prompts: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str] | None] = []
     for fact in facts:
-        for filled in contexts.fill(fact.prompt):
-            pairs.append((f"{filled} {fact.target.strip()}", fact.subject))
-            # Characters of the filled prompt; the slot itself has two.
-            cuts.append(len(filled) - 2 + len(fact.subject))
+        template, subject = fact.located
+        answer = marked(fact.target, fact.target_text.startswith(" "))  # the same in every context
+        for filled in contexts.fill(template):
+            prompts.append((filled, subject))
+            pairs.append((filled.replace(SLOT, subject), answer))
         if kl_prompt is not None:
-            pairs.append((kl_prompt, fact.subject))
-            cuts.append(-1)
-    encoding, first, last = find_spans(lm, pairs)
-    begin, end = encoding.offsets.unbind(-1)
-    cut = torch.tensor(cuts, device=end.device)[:, None]
-    text = (end > begin) & encoding.attention_mask.bool()
-    target = text & (end > cut) & (cut >= 0)
-    columns = torch.arange(text.shape[1], device=text.device)
-    prompt_last = torch.where(text & ~target, columns, -1).amax(-1)
+            prompts.append((kl_prompt, fact.subject))
+            pairs.append(None)
+    encoding, first, last = find_spans(lm, prompts)
+    split = iter(split_tokens(lm, [pair for pair in pairs if pair]))
+    own = [row[keep].tolist() for row, keep in zip(encoding.input_ids, encoding.attention_mask.bool(), strict=True)]
+    rows = [(ids, len(ids)) if pair is None else next(split) for pair, ids in zip(pairs, own, strict=True)]
+    device = last.device
+    prompt_last = torch.tensor([start - 1 for _, start in rows], device=device)
     where = {
         "subject_last": last, "subject_first": first, "subject_first_after": last + 1, "last": prompt_last,
     }[token]  # fmt: skip
@@ -85,33 +88,24 @@ def encode_targets(
     if token in ("last", "subject_first_after"):
         # Such a token carries the relation of its own prompt; drift of the subject is measured at the
         # subject.
-        kl_row = (cut < 0)[:, 0]
-        where = torch.where(kl_row, last, where)
+        where = torch.where(torch.tensor([pair is None for pair in pairs], device=device), last, where)
     bad = where > prompt_last
     if bad.any():
-        template, subject = pairs[int(bad.nonzero()[0])]
+        template, subject = prompts[int(bad.nonzero()[0])]
         raise RequestError(
             f"nothing follows the subject {subject!r} in the prompt {template!r} before its target; "
             "use the lookup token 'subject_last', or a template with text after its slot"
         )
-    found: list[list[int]] = [[] for _ in pairs]
-    for row, column in target.nonzero().tolist():
-        found[row].append(column)
-    ids = encoding.input_ids.tolist()
     places: list[list[list[int]]] = [[] for _ in facts]
-    stop = encoding.lengths.tolist()
-    for i, cols in enumerate(found):
+    stops = []
+    for i, (ids, start) in enumerate(rows):
         fact, row = divmod(i, per_fact)
-        if cuts[i] < 0:
-            continue
-        if not cols or cols[0] == 0:
-            raise RequestError(
-                f"the tokenizer of {lm.name} gives no token to the target {facts[fact].target!r} behind "
-                f"{facts[fact].text!r}; write the target differently"
-            )
-        places[fact] += [[row, c - 1, ids[i][c]] for c in cols]
-        stop[i] = cols[-1]
-    encoding["attention_mask"] = (columns < torch.tensor(stop, device=columns.device)[:, None]).long()
-    lengths = encoding.attention_mask.sum(-1).reshape(len(facts), per_fact).amax(-1).tolist()
+        places[fact] += [[row, c - 1, ids[c]] for c in range(start, len(ids))]
+        stops.append(len(ids) - (pairs[i] is not None))
+    tensors = pad_rows(lm, [ids for ids, _ in rows], "right")
+    columns = torch.arange(tensors["input_ids"].shape[1], device=device)
+    tensors["attention_mask"] = (columns < torch.tensor(stops, device=device)[:, None]).long()
+    encoding = Encoding(tensors, [text for text, _ in prompts], None, "right")
+    lengths = torch.tensor(stops).reshape(len(facts), per_fact).amax(-1).tolist()
     positions = where.reshape(len(facts), per_fact)
-    return TargetRows(encoding, positions, lengths, [torch.tensor(p, device=last.device) for p in places])
+    return TargetRows(encoding, positions, lengths, [torch.tensor(p, device=device) for p in places])

@@ -23,10 +23,11 @@ from torch.nn.functional import log_softmax
 
 from ..base.cached import found_or_made
 from ..base.config import Config, option
-from ..base.errors import NumericsError, RequestError
+from ..base.errors import NumericsError
 from ..base.progress import bar
+from ..models.answers import log_probs_of, logits_of
 from ..models.batching import Encoding, by_length
-from ..models.facts import Fact, validate_fact
+from ..models.facts import Fact, as_facts
 from ..models.hooks import frozen, trace
 from ..models.lm import LM
 from ..models.lookup import Where, check_where
@@ -121,13 +122,8 @@ def _evaluate(
     with trace(lm.model, {read, end}, edit={edited: add}, stop_at=end) as seen:
         run(lm, inputs)
 
-    def log_probs(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        logits = lm.head(states[rows.to(states.device), cols.to(states.device)])
-        return log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-
-    fact, row, column, token = places.unbind(-1)
-    said = log_probs(seen.output[read], row, column)
-    said = said.gather(-1, token.to(said.device)[:, None])[:, 0].to(delta.device)
+    fact, row = places[:, 0], places[:, 1]
+    said = log_probs_of(lm, seen.output[read], places[:, 1:]).to(delta.device)
     # Mean over a row's target tokens, then over the contexts; every row of a fact has the same target, but a
     # tokenizer may cut it differently behind different texts.
     per_row = torch.zeros(n * n_rows, dtype=delta.dtype, device=delta.device).index_add(
@@ -139,7 +135,8 @@ def _evaluate(
 
     if cfg.kl_factor:
         kl_rows = torch.arange(n_rows - 1, n * n_rows, n_rows, device=columns.device)
-        now = log_probs(seen.output[end], kl_rows, columns[kl_rows])
+        states = seen.output[end]
+        now = log_softmax(logits_of(lm, states[kl_rows.to(states.device), columns[kl_rows].to(states.device)]), -1)
         then = start.setdefault("kl", now.detach())
         p, q = (now, then) if cfg.kl_direction == "edited_original" else (then, now)
         kl = cfg.kl_factor * (p.exp() * (p - q)).sum(-1).to(device=delta.device, dtype=delta.dtype)
@@ -251,27 +248,24 @@ def optimize_targets(
 
     Raises RequestError (subject, slot, target), ModelError (layer), NumericsError (loss NaN or Inf).
     """
-    cfg, facts = TargetConfig.make(cfg), list(facts)
+    cfg, facts = TargetConfig.make(cfg), as_facts(facts, "optimise targets for")
     check_where(token)
-    if not facts:
-        raise RequestError("no facts to optimise targets for: the list is empty")
-    for i, fact in enumerate(facts):
-        validate_fact(fact, i)
     layer = lm.check_layer(layer)
     contexts = ContextTemplates.of(contexts)
     if cache_dir is None:
         return _optimize_all(lm, facts, layer, cfg, contexts, token, module)
     content = {
         "format": "editkit-targets-1", "fingerprint": lm.fingerprint(), "tokenizer": tokenizer_hash(lm),
-        "facts": [[fact.prompt, fact.subject, fact.target] for fact in facts], "contexts": contexts.groups,
+        "facts": [fact.request for fact in facts], "contexts": contexts.groups,
         "place": [layer, module, token], "options": cfg.to_dict(),
     }  # fmt: skip
     found = found_or_made(
         cache_dir,
         "targets",
         content,
-        lambda: vars(_optimize_all(lm, facts, layer, cfg, contexts, token, module)),
-    )
+        lambda parts: {p: vars(_optimize_all(lm, facts, layer, cfg, contexts, token, module)) for p in parts},
+        __file__,
+    )["all"]
     return TargetResult(*(found[x].to(lm.device(layer)) for x in ("z", "init")), found["losses"])
 
 

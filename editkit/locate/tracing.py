@@ -21,6 +21,7 @@ from ..base.progress import bar
 from ..models.batching import by_length
 from ..models.facts import Fact
 from ..models.hooks import EditFn, pick
+from ..models.joining import marked
 from ..models.lm import LM
 from .interchange import Interchange, choose_site, interchange, make_pairs
 from .keys import TOKENS_PER_BATCH
@@ -184,7 +185,7 @@ def _true_ids(lm: LM, facts: Sequence[Fact]) -> Tensor:
     missing = [i for i, fact in enumerate(facts) if not fact.target_true]
     if missing:
         raise RequestError(f"answer='true' needs target_true, which facts {missing[:5]} do not have")
-    return first_answer_ids(lm, [fact.text for fact in facts], [fact.target_true for fact in facts])
+    return first_answer_ids(lm, [(f.text, marked(f.target_true, f.space)) for f in facts])
 
 
 class _TraceBatch:

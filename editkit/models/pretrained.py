@@ -22,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ..base.downloads import download_dir, sha256_of
-from ..base.errors import DataError
+from ..base.errors import DataError, UnavailableError
 
 _ABOUT = "source.json"
 
@@ -80,13 +80,13 @@ def model_dir() -> Path:
 def pretrained_folder(name: str) -> Path:
     """The model's folder, if it has been fetched; nothing is downloaded.
 
-    Raises DataError "not available here" naming the command that fetches it, also for a damaged folder.
+    Raises UnavailableError naming the command that fetches it, also for a damaged folder.
     """
     _entry(name)
     folder = model_dir() / name
     missing = _damage(folder)
     if missing:
-        raise DataError(f"the model {name!r} is not available here ({missing}): run `editkit fetch {name}`")
+        raise UnavailableError(f"the model {name!r} is not available here ({missing}): run `editkit fetch {name}`")
     return folder
 
 

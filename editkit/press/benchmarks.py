@@ -47,8 +47,15 @@ ROWS = (
     Row("batching", "second moment of 300 texts", _ALONE, _BATCH + "covariance"),
     Row("batching", "evaluation of 200 answers", _ALONE, _BATCH + "evaluation"),
     Row("reading", "free texts of 12 facts", "one fact at a time", _READ.format("free texts")),
-    Row("reading", "unedited model, for 4 methods", "read anew for each", _READ.format("unedited model, 4 methods")),
-    Row("reading", "second moment of 1,000 texts", "full products", _READ.format("second moments, one layer")),
+    Row(
+        "reading",
+        "unedited model, for 4 methods",
+        "read anew for each",
+        _READ.format("unedited model, 4 methods"),
+    ),
+    Row(
+        "reading", "second moment of 1,000 texts", "full products", _READ.format("second moments, one layer")
+    ),
     Row("reading", "300 greedy continuations", "in the given order", _READ.format("greedy continuations")),
     Row(_RECURSIVE, _STREAM, "AlphaEdit as released (LU)", _ENGINE + "released_alphaedit", "10"),
     Row(_RECURSIVE, _STREAM, "MEMIT with history as released (LU)", _ENGINE + "released_memit_seq", "10"),

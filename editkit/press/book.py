@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import nbformat
 import yaml
 
 from ..base.errors import ConfigError, DataError
+from ..base.sources import PACKAGE, digest, tree_hash
 from . import benchmarks
-from .inputs import changes, prepare
+from . import notebook as nb
+from .inputs import prepare, stale
 from .layout import SIDECAR, Layout, finished, sidecar_files
-from .provenance import PACKAGE, digest, tree_hash
 from .reference import references
 from .study import RunSpec, Study
 
@@ -27,16 +29,18 @@ LONG = 16  # lines of code; a longer cell is folded on the page of a run
 _LABEL = re.compile(r"^\(([\w:.-]+)\)=\s*$|^:(?:name|label):\s*(\S+)\s*$", re.M)
 
 
-def build(study: Study, layout: Layout, *, force: bool = False) -> tuple[Path, bool]:
-    """Build the HTML book from finished runs; returns (index.html, whether it had to be built).
+def build(study: Study, layout: Layout, *, force: bool = False) -> tuple[Path, bool, dict[str, dict]]:
+    """Build the HTML book from finished runs; returns (index.html, whether it had to be built, missing runs).
 
     Always from scratch: an incremental build would keep stale numbers on pages that quote other pages.
-    Raises DataError when a run is failed or missing, ConfigError when the build has warnings.
+    Runs without a result and without a reference get a page that says why; the book is built nevertheless, and what
+    quotes them says that it is missing. Without such runs every warning counts as an error.
+    Raises DataError when a failed notebook lies among the finished, ConfigError when the build has warnings.
     """
     target = layout.root / "book" / "_build"
     source, html, stamp = target / "source", target / "html", target / "stamp"
     index = html / "index.html"
-    stage(study, layout, source)
+    missing = stage(study, layout, source)
     state = digest(
         tree_hash(source),
         tree_hash(layout.root / "_config.yml"),
@@ -47,28 +51,29 @@ def build(study: Study, layout: Layout, *, force: bool = False) -> tuple[Path, b
         ),
     )
     if not force and index.is_file() and stamp.is_file() and stamp.read_text() == state:
-        return index, False
+        return index, False, missing
     stamp.unlink(missing_ok=True)
     for old in (html, target / ".doctrees"):
         shutil.rmtree(old, ignore_errors=True)
     command = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
-    arguments = ["build", str(source), "--path-output", str(target.parent), "--all", "-W", "-n", "-q"]
-    arguments += ["--keep-going", "--toc", str(source / "_toc.yml")]
+    arguments = ["build", str(source), "--path-output", str(target.parent), "--all", "-q"]
+    arguments += [] if missing else ["-W", "-n", "--keep-going"]
+    arguments += ["--toc", str(source / "_toc.yml")]
     arguments += ["--config", str(layout.root / "_config.yml")]
     done = subprocess.run([sys.executable, "-c", command, *arguments], stdin=subprocess.DEVNULL)
     if done.returncode != 0 or not index.is_file():
         raise ConfigError("the book was not built: see the warnings above (every warning counts as an error)")
     stamp.write_text(state)
-    return index, True
+    return index, True, missing
 
 
 # -------------------------------------------------------------------- staging
 
 
-def stage(study: Study, layout: Layout, source: Path) -> dict:
-    """Write the complete source tree of the book to `source`; returns the manifest of its runs."""
+def stage(study: Study, layout: Layout, source: Path) -> dict[str, dict]:
+    """Write the whole source tree of the book to `source`; returns {alias: {"status", "message"}} of missing runs."""
     pages = layout.root / "book"
-    manifest = gather(study, layout)
+    manifest, missing = gather(study, layout)
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(pages, source, ignore=lambda folder, names: _ignored(pages, folder, names))
     for alias, entry in manifest.items():
@@ -82,8 +87,12 @@ def stage(study: Study, layout: Layout, source: Path) -> dict:
         shutil.copytree(layout.root / benchmarks.FOLDER, source / benchmarks.STAGED)
     (source / PAGES).mkdir(exist_ok=True)
     (source / PAGES / "index.md").write_text(_INDEX, encoding="utf-8")
-    _write_toc(pages / "_toc.yml", source, manifest)
-    return manifest
+    for alias, why in missing.items():
+        (source / PAGES / f"{alias}.md").write_text(
+            _MISSING_PAGE.format(alias=alias, **why), encoding="utf-8"
+        )
+    _write_toc(pages / "_toc.yml", source, [*manifest, *missing])
+    return missing
 
 
 def _ignored(pages: Path, folder: str, names: list[str]) -> set[str]:
@@ -91,32 +100,43 @@ def _ignored(pages: Path, folder: str, names: list[str]) -> set[str]:
     return {n for n in names if n in top or n in ("__pycache__", ".ipynb_checkpoints")}
 
 
-def gather(study: Study, layout: Layout) -> dict[str, dict]:
-    """{alias: {"run": this study's sidecar, "reference": committed sidecar, ...}}, each where it exists.
+def gather(study: Study, layout: Layout) -> tuple[dict[str, dict], dict[str, dict]]:
+    """({alias: {"run": this study's sidecar, "reference": committed sidecar, ...}}, {alias of a missing run: why}).
 
-    A run's sidecar gets "stale": why it would be executed again (empty when it is current).
-    Raises DataError for failed notebooks, and for runs that have neither a result nor a reference.
+    Sidecars get "stale": why they would be executed again (empty when nothing has changed); entries get "why": what
+    became of the last attempt, where there was one. Raises DataError for failed notebooks among the finished.
     """
     manifest: dict[str, dict] = {}
+    why: dict[str, dict] = {}
+    templates: dict[str, nbformat.NotebookNode | None] = {}
     _refuse_shared_labels(study, layout.root)
     for run in prepare(study.runs, layout.root):
+        spec, outcome = run.spec, layout.outcome(run.run_id)
+        templates[spec.notebook] = run.template
+        known = outcome.is_file()
+        why[spec.alias] = (
+            json.loads(outcome.read_text()) if known else {"status": "failed", "message": "not executed yet"}
+        )
         done = finished(layout, run.run_id)
         if done is not None:
             sidecar, notebook = done
-            sidecar["stale"] = changes(run, layout)
-            manifest[run.spec.alias] = {
+            sidecar |= {"title": spec.title, "study": spec.study, "tags": spec.tags}
+            sidecar["stale"] = stale(sidecar["inputs"], run.template, run.parameters, layout.root)
+            if sidecar["inputs"]["notebook"] == nb.code_hash(run.template):
+                notebook = nb.with_prose(notebook, run.template)
+            manifest[spec.alias] = {
                 "run": sidecar,
                 "notebook": notebook,
                 "folder": layout.run_dir(run.run_id),
             }
     for alias, (sidecar, folder) in references(layout).items():
-        manifest.setdefault(alias, {}).update(reference=sidecar, reference_folder=folder)
-    missing = [run.alias for run in study.runs if run.alias not in manifest]
-    if missing:
-        raise DataError(
-            f"study {study.name}: no result and no reference for {', '.join(missing)}; execute `editkit run`"
-        )
-    return dict(sorted(manifest.items()))
+        name = sidecar["notebook"]
+        if name not in templates:
+            templates[name] = nb.read_notebook(layout.root / name) if (layout.root / name).is_file() else None
+        sidecar["stale"] = stale(sidecar["inputs"], templates[name], None, layout.root)
+        manifest.setdefault(alias, {}).update(reference=sidecar, reference_folder=folder, why=why.get(alias))
+    missing = {run.alias: why[run.alias] for run in study.runs if run.alias not in manifest}
+    return dict(sorted(manifest.items())), missing
 
 
 def _refuse_shared_labels(study: Study, root: Path) -> None:
@@ -144,7 +164,9 @@ def _stage_run(alias: str, entry: dict, layout: Layout, source: Path) -> None:
     if template.is_file():  # a reference may be of a notebook that is no longer there
         shutil.copy2(template, files / template.name)
     if "run" not in entry:
-        text = _REFERENCE_PAGE.format(alias=alias, title=entry["reference"]["title"] or alias)
+        why = entry.get("why")
+        reason = f" ({why['message']})" if why else ""
+        text = _REFERENCE_PAGE.format(alias=alias, title=entry["reference"]["title"] or alias, reason=reason)
         (source / PAGES / f"{alias}.md").write_text(text, encoding="utf-8")
         return
     sidecar, folder = entry["run"], entry["folder"]
@@ -182,7 +204,7 @@ def _text(name: str, source: str) -> nbformat.NotebookNode:
     return nbformat.v4.new_markdown_cell(source, id=f"companion-{name}")
 
 
-def _write_toc(path: Path, source: Path, manifest: dict) -> None:
+def _write_toc(path: Path, source: Path, manifest: Sequence[str]) -> None:
     toc = yaml.safe_load(path.read_text(encoding="utf-8"))
     placed = set(_files(toc))
     absent = [
@@ -222,10 +244,17 @@ Every number, table and figure of this book comes from one of these runs.
 ```
 """
 
+_MISSING_PAGE = """# {alias}
+
+```{{warning}}
+This run has no result ({status}: {message}) and no committed reference, so its numbers are missing on other pages.
+```
+"""
+
 _REFERENCE_PAGE = """# {title}
 
 ```{{note}}
-This run was not executed for this copy of the book. Shown are the committed reference results.
+This run was not executed for this copy of the book{reason}. Shown are the committed reference results.
 ```
 
 ```{{run-parameters}} {alias}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
+
+import yaml
 
 from ..base.errors import ConfigError
 from .study import Study, load_study, parse_yaml
@@ -67,7 +70,10 @@ def parse_override(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ConfigError(f"-p takes NAME=VALUE, got {text!r}")
-    return name, parse_yaml(value)
+    try:
+        return name, parse_yaml(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"-p {text}: {error}") from error
 
 
 def _load(args) -> tuple[Study, object]:
@@ -82,6 +88,11 @@ def _run(args) -> int:
     from .execute import CURRENT, FAILED, OK, UNAVAILABLE, run_all
     from .inputs import changes, prepare
 
+    if args.keep_reference and args.overrides:
+        raise ConfigError("a reference has the parameters of its study: use --keep-reference without -p")
+    # Ctrl-C means the same however we were started: what shells run in the background inherits that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     study, layout = _load(args)
     specs = [study.find(args.one)] if args.one else study.select(args.only)
     runs = prepare(specs, layout.root)
@@ -143,6 +154,8 @@ def _book(args) -> int:
 
         print(f"PDF built. Open {build_pdf(study, layout)}")
         return 0
-    index, built = build(study, layout, force=args.force)
+    index, built, missing = build(study, layout, force=args.force)
     print(f"{'Book built' if built else 'Book unchanged'}. Open {index}")
-    return 0
+    for alias, why in missing.items():
+        print(f"missing page: runs/{alias} ({why['status']}: {why['message']})", file=sys.stderr)
+    return 1 if any(why["status"] != "unavailable" for why in missing.values()) else 0

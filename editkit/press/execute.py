@@ -6,33 +6,28 @@ import contextlib
 import dataclasses
 import json
 import os
-import queue
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
-import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..base.errors import ConfigError
 from . import notebook as nb
-from .inputs import Prepared, changes, input_record
+from .inputs import Prepared, below, changes, early_key, edited, key, package_files
 from .layout import RESULTS, SCHEMA, SIDECAR, Layout
-from .provenance import PACKAGE, digest, git_state, tree_hash
+from .provenance import git_state
 from .report import CACHE_DIR, PARAMETERS, RUN_DIR, WORK_DIR
 from .study import RunSpec, data_root, how_to_get, missing_files
-from .worker import DIED, FAILED, NO_START, OK, OOM_CODES
+from .worker import DIED, FAILED, NO_START, OK, UNAVAILABLE, Processes, call_worker
 
-CURRENT, UNAVAILABLE = "current", "unavailable"
+CURRENT, WAITING = "current", "waiting"
+PATHS = ("EDITKIT_CACHE", "EDITKIT_DATA", "EDITKIT_DOWNLOADS")  # what a relative path means is decided here
 # glibc gives large blocks back to the system at once and asks for them again, page by page, at every layer of every
 # forward pass; kept, a run takes a tenth less time. Other C libraries do not read these variables.
 MALLOC = {
@@ -45,45 +40,13 @@ OUT_OF_MEMORY = "out of memory (the system killed the process)"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a run: status is "ok", "current", "unavailable" or "failed"."""
+    """What became of a run: "ok", "current", "unavailable" or "failed"; "waiting" is said on the way."""
 
     spec: RunSpec
     status: str
     message: str = ""
     seconds: float = 0.0
     stderr_cells: tuple[int, ...] = ()
-
-
-class Processes:
-    """The worker processes alive now, so that an interrupt can end them all."""
-
-    def __init__(self) -> None:
-        self._alive: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def wait(self, command: list[str], **options) -> int:
-        """Start a process that takes no part in our Ctrl-C and wait for its end; returns its exit code."""
-        with self._lock:
-            if self._closed:
-                return -signal.SIGTERM
-            process = subprocess.Popen(command, start_new_session=True, **options)
-            self._alive.add(process)
-        try:
-            return process.wait()
-        finally:
-            with self._lock:
-                self._alive.discard(process)
-
-    def end_all(self) -> None:
-        """Kill every process with its children (the kernels), and start no new ones."""
-        with self._lock:
-            self._closed = True
-            for process in self._alive:
-                with contextlib.suppress(psutil.Error):
-                    for child in psutil.Process(process.pid).children(recursive=True):
-                        child.kill()
-                process.kill()
 
 
 def run_one(
@@ -93,15 +56,17 @@ def run_one(
     force: bool = False,
     environment: dict[str, str] | None = None,
     processes: Processes | None = None,
+    report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
-    """Execute one run unless its result is current. Does not raise for a failing notebook."""
+    """Execute one run unless its result is current. Does not raise for a failing notebook.
+
+    What became of a run that has no result is kept for the book (`Layout.outcome`).
+    """
     if missing := missing_files(run.spec, layout.root):
-        return Outcome(run.spec, UNAVAILABLE, f"needs {', '.join(map(how_to_get, missing))}")
-    locks = layout.scratch / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{run.run_id}.lock"):
+        outcome = Outcome(run.spec, UNAVAILABLE, f"needs {', '.join(map(how_to_get, missing))}")
+        return _kept(outcome, layout)
+    with _alone(run, layout, report):
         if not force and not changes(run, layout):
-            _refresh(run, layout)
             return Outcome(run.spec, CURRENT)
         staging = layout.scratch / "staging"
         staging.mkdir(parents=True, exist_ok=True)
@@ -109,14 +74,43 @@ def run_one(
             shutil.rmtree(left_over, ignore_errors=True)
         stage = Path(tempfile.mkdtemp(prefix=f"{run.run_id}.", dir=staging))
         try:
-            return _execute(run, layout, stage, environment or {}, processes or Processes())
+            return _kept(_execute(run, layout, stage, environment or {}, processes or Processes()), layout)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(run: Prepared, layout: Layout, report: Callable[[Outcome], None]) -> Iterator[None]:
+    """Hold a run; if another process executes it, say which, and wait for its end."""
+    place = layout.scratch / "locks"
+    place.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(place / f"{run.run_id}.lock"), place / f"{run.run_id}.pid"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text() if owner.exists() else "?"
+        report(Outcome(run.spec, WAITING, f"process {who} is executing it"))
+        lock.acquire()
+    try:
+        owner.write_text(str(os.getpid()))
+        yield
+    finally:
+        lock.release()
+
+
+def _kept(outcome: Outcome, layout: Layout) -> Outcome:
+    path = layout.outcome(outcome.spec.run_id)
+    path.unlink(missing_ok=True)
+    if outcome.status != OK:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"status": outcome.status, "message": outcome.message}), encoding="utf-8")
+    return outcome
 
 
 def _execute(
     run: Prepared, layout: Layout, stage: Path, environment: dict[str, str], processes: Processes
 ) -> Outcome:
+    commit, package, begin = git_state(layout.root)["commit"], package_files(), time.time()
     work = _work_dir(run, layout)
     target = stage / run.run_id  # the folder that will be moved in; its name is the run id from the start
     target.mkdir()
@@ -133,34 +127,37 @@ def _execute(
         "log": str(log),
     }
     (stage / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    record = input_record(run, layout.root)
     env = _environment(run, layout, target, work) | environment
-    outcome, code = _call_worker(stage, log, env, processes)
+    outcome, code = call_worker(stage, log, env, processes)
     if outcome["status"] == NO_START:  # a kernel that did not come up says nothing about the notebook
-        outcome, code = _call_worker(stage, log, env, processes)
+        outcome, code = call_worker(stage, log, env, processes)
     seconds = outcome.get("seconds", 0.0)
     if outcome["status"] != OK:
-        return Outcome(run.spec, FAILED, _explain(outcome, code), seconds)
+        status = UNAVAILABLE if outcome["status"] == UNAVAILABLE else FAILED
+        return Outcome(run.spec, status, _explain(outcome, code), seconds)
     executed = nbformat.read(target / f"{run.run_id}.ipynb", as_version=4)
     problem = nb.failure(executed)
     if not problem and not (target / RESULTS).is_file():
         problem = "the notebook ended without run.finish()"
     if problem:
         return Outcome(run.spec, FAILED, problem, seconds)
+    results = json.loads((target / RESULTS).read_text(encoding="utf-8"))
+    record = key(run, layout.root, results.pop("read"))
+    if touched := edited(record["files"], package, begin, run, layout.root):
+        return Outcome(run.spec, FAILED, f"{', '.join(touched)} edited during the run; run again", seconds)
     _clean_metadata(executed, run.spec.notebook)
     nbformat.write(executed, target / f"{run.run_id}.ipynb")
     noisy = tuple(nb.stderr_cells(executed))
-    _write_sidecar(run, layout, target, record, outcome, noisy)
+    git = git_state(layout.root, commit, [run.spec.notebook, *below(record["files"], layout.root)])
+    _write_sidecar(run, target, results, record, git, outcome, noisy)
     _move_in(target, layout.run_dir(run.run_id), stage / "old")
     shutil.rmtree(work, ignore_errors=True)
     return Outcome(run.spec, OK, seconds=seconds, stderr_cells=noisy)
 
 
 def _work_dir(run: Prepared, layout: Layout) -> Path:
-    """The checkpoint folder: found again by a restarted run, dropped when any input has changed."""
-    record = input_record(run, layout.root)
-    record["package"] = tree_hash(PACKAGE)  # which modules will be imported is not known yet
-    name = f"{run.run_id}.{digest(json.dumps(record, sort_keys=True))[:12]}"
+    """The checkpoint folder: found again by a restarted run, dropped when anything that it might read has changed."""
+    name = f"{run.run_id}.{early_key(run, layout.root)[:12]}"
     root = layout.scratch / "work"
     for other in root.glob(f"{run.run_id}.*"):
         if other.name != name:
@@ -180,30 +177,19 @@ def _environment(run: Prepared, layout: Layout, target: Path, work: Path) -> dic
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # keeps ipykernel's debugger note out of the pages
         # Said by tqdm.auto (through transformers) where ipywidgets is missing, in whichever cell imports it first.
-        "PYTHONWARNINGS": ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"))),
+        "PYTHONWARNINGS": ",".join(
+            filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"))
+        ),
     }
     for name, value in MALLOC.items():
         env.setdefault(name, value)
     env.setdefault(CACHE_DIR, str(layout.scratch / "cache"))
     if data_root(layout.root).is_dir():
         env.setdefault("EDITKIT_DATA", str(data_root(layout.root)))
+    env |= {name: os.path.abspath(env[name]) for name in PATHS if env.get(name)}
     if run.spec.threads:
         env |= {name: str(run.spec.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return env
-
-
-def _call_worker(stage: Path, log: Path, env: dict[str, str], processes: Processes) -> tuple[dict, int]:
-    """Run the worker process to its end; returns its outcome and exit code."""
-    answer = stage / "outcome.json"
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "editkit.press.worker", str(stage / "request.json")]
-    # Short path: sockets of the kernel live there, and their names may not exceed about 100 characters.
-    with tempfile.TemporaryDirectory(prefix="ek-") as runtime, log.open("ab") as sink:
-        env = env | {"JUPYTER_RUNTIME_DIR": runtime}
-        code = processes.wait(command, env=env, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
-    if answer.is_file():
-        return json.loads(answer.read_text(encoding="utf-8")), code
-    return {"status": DIED if code in (-signal.SIGKILL, *OOM_CODES) else FAILED, "message": ""}, code
 
 
 def _explain(outcome: dict, code: int) -> str:
@@ -220,28 +206,22 @@ def _explain(outcome: dict, code: int) -> str:
 def _clean_metadata(executed: nbformat.NotebookNode, source: str) -> None:
     """Leave no paths of this machine in the published notebook."""
     record = executed.metadata["papermill"]
-    for key in ("input_path", "output_path", "environment_variables"):
-        record.pop(key, None)
+    for name in ("input_path", "output_path", "environment_variables"):
+        record.pop(name, None)
     record["template"] = source
 
 
 def _write_sidecar(
-    run: Prepared, layout: Layout, target: Path, record: dict, outcome: dict, noisy: tuple
+    run: Prepared, target: Path, results: dict, record: dict, git: dict, outcome: dict, noisy: tuple
 ) -> None:
-    results = json.loads((target / RESULTS).read_text(encoding="utf-8"))
-    record["modules"] = results.pop("modules")
     spec = run.spec
     sidecar = {
         "schema": SCHEMA,
         "run_id": run.run_id,
-        "alias": spec.alias,
-        "title": spec.title,
-        "study": spec.study,
-        "tags": list(spec.tags),
-        "notebook": spec.notebook,
+        **{name: getattr(spec, name) for name in ("alias", "title", "study", "tags", "notebook")},
         "started": datetime.fromtimestamp(outcome["started"], UTC).isoformat(timespec="seconds"),
         "wall_seconds": round(outcome["seconds"], 2),
-        "git": git_state(layout.root),
+        "git": git,
         **results,
         "parameters": [
             {
@@ -253,9 +233,8 @@ def _write_sidecar(
             }
             for p in run.declared.values()
         ],
-        "stderr_cells": list(noisy),
-        "prose": nb.prose_hash(run.template),
-        "inputs": record | {"hash": digest(json.dumps(record, sort_keys=True))},
+        "stderr_cells": noisy,
+        "inputs": record,
     }
     (target / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     (target / RESULTS).unlink()
@@ -269,33 +248,6 @@ def _move_in(target: Path, place: Path, old: Path) -> None:
     target.rename(place)
 
 
-def _refresh(run: Prepared, layout: Layout) -> None:
-    """Bring reworded text cells, and a commit made since, into a finished run without executing it again."""
-    place = layout.run_dir(run.run_id)
-    sidecar = json.loads((place / SIDECAR).read_text(encoding="utf-8"))
-    spec = run.spec
-    new = {
-        "prose": nb.prose_hash(run.template),
-        "title": spec.title,
-        "study": spec.study,
-        "tags": list(spec.tags),
-    }
-    git = git_state(layout.root)
-    if sidecar["git"]["dirty"] is not False and git["dirty"] is False:
-        new["git"] = git | {"later": True}  # the inputs are equal, so this is what the commit gives
-    if all(sidecar[key] == value for key, value in new.items()):
-        return
-    path = layout.notebook(run.run_id)
-    fresh = nb.refresh_prose(nbformat.read(path, as_version=4), run.template)
-    for file, text in (
-        (path, nbformat.writes(fresh)),
-        (place / SIDECAR, json.dumps(sidecar | new, indent=1)),
-    ):
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(file)
-
-
 def run_all(
     runs: Sequence[Prepared],
     layout: Layout,
@@ -304,65 +256,68 @@ def run_all(
     force: bool = False,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Execute runs, `jobs` at a time, each GPU given to one of them; a failing one does not stop the others.
+    """Execute runs, `jobs` at a time; a failing one does not stop the others.
 
+    Runs that want a GPU are executed one after the other, beside the others, and see all GPUs; giving several GPUs to
+    several runs, here or on other machines, is Snakemake's work (workflow/Snakefile).
     report: called with each outcome as it comes.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, got {jobs}")
-    devices: queue.SimpleQueue[str] = queue.SimpleQueue()
-    taking = threading.Lock()  # one run takes its GPUs at a time, so that two cannot wait for each other
+    _check_room(layout)
     processes = Processes()
-    available = _accelerators() if any(run.spec.gpus for run in runs) else []
-    for device in available:
-        devices.put(device)
+    gpus = _gpu_count() if any(run.spec.gpus for run in runs) else 0
 
     def work(run: Prepared) -> Outcome:
-        if run.spec.gpus > len(available):
-            return Outcome(
-                run.spec, UNAVAILABLE, f"needs {run.spec.gpus} GPU(s), this machine has {len(available)}"
-            )
-        with taking:
-            mine = [devices.get() for _ in range(run.spec.gpus)]
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+        if run.spec.gpus > gpus:
+            outcome = Outcome(run.spec, UNAVAILABLE, f"needs {run.spec.gpus} GPU(s), this machine has {gpus}")
+            report(_kept(outcome, layout))
+            return outcome
+        environment = {}
         if jobs > 1 and not run.spec.threads and "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
         begin = time.perf_counter()
         try:
-            outcome = run_one(run, layout, force=force, environment=environment, processes=processes)
-        except Exception as error:  # a defect of the runner in one run must not lose the others either
-            outcome = Outcome(
-                run.spec, FAILED, f"{type(error).__name__}: {error}", time.perf_counter() - begin
+            outcome = run_one(
+                run, layout, force=force, environment=environment, processes=processes, report=report
             )
-        finally:
-            for device in mine:
-                devices.put(device)
+        except Exception as error:  # a defect of the runner in one run must not lose the others either
+            message = f"{type(error).__name__}: {error}"
+            outcome = Outcome(run.spec, FAILED, message, time.perf_counter() - begin)
         report(outcome)
         return outcome
 
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        # Long runs first, so that none of them is left to run alone at the end.
-        order = (
-            sorted(range(len(runs)), key=lambda i: -(runs[i].spec.minutes or 0))
-            if jobs > 1
-            else range(len(runs))
-        )
-        futures = {i: pool.submit(work, runs[i]) for i in order}
+    # Long runs first, so that none of them is left to run alone at the end.
+    order = (
+        sorted(range(len(runs)), key=lambda i: -(runs[i].spec.minutes or 0)) if jobs > 1 else range(len(runs))
+    )
+    with ThreadPoolExecutor(jobs) as pool, ThreadPoolExecutor(1) as gpu_pool:
+        futures = {i: (gpu_pool if runs[i].spec.gpus else pool).submit(work, runs[i]) for i in order}
         try:
             return [futures[i].result() for i in range(len(runs))]
         except (
             BaseException
         ):  # an interrupt: pending runs are dropped, running ones ended, finished ones kept
-            pool.shutdown(wait=False, cancel_futures=True)
+            for each in (pool, gpu_pool):
+                each.shutdown(wait=False, cancel_futures=True)
             processes.end_all()
             raise
 
 
-def _accelerators() -> list[str]:
-    """Ids of the GPUs this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [part for part in visible.split(",") if part.strip()]
+def _check_room(layout: Layout) -> None:
+    """Raise ConfigError unless results and scratch can be written, before anything is executed."""
+    for folder in (layout.scratch, layout.runs):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(2**16))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {folder} ({error.strerror}); make room, or copy the project to a folder of your own"
+            ) from error
+
+
+def _gpu_count() -> int:
     import torch
 
-    return [str(i) for i in range(torch.cuda.device_count())]
+    return torch.cuda.device_count()

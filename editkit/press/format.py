@@ -9,6 +9,14 @@ from typing import Any
 from ..base.errors import ConfigError
 
 MISSING = "n/a"
+# What the two ends beside a number may be: how sure it is, or only how far its parts lie apart.
+KINDS = {
+    "": "95 % interval",
+    "bootstrap": "95 % bootstrap interval",
+    "exact": "exact 95 % interval",
+    "seeds": "least and greatest of the seeds",
+    "range": "least and greatest",
+}
 _SPEC = re.compile(r"(?:.?[<>=^])?[-+ ]?#?0?\d*[,_]?(?:\.\d+)?[bcdeEfFgGnosxX%]?")
 
 

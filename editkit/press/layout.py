@@ -43,6 +43,10 @@ class Layout:
     def notebook(self, run_id: str) -> Path:
         return self.run_dir(run_id) / f"{run_id}.ipynb"
 
+    def outcome(self, run_id: str) -> Path:
+        """Why a run has no result from its last execution; absent if it has."""
+        return self.scratch / "outcomes" / f"{run_id}.json"
+
     def log(self, run_id: str) -> Path:
         return self.scratch / "logs" / f"{run_id}.log"
 

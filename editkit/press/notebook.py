@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import io
 import json
-import logging
+import math
+import re
+import tokenize
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
+from ..base import sources
+from ..base.config import check_known
 from ..base.errors import ConfigError
-from .provenance import digest
+from ..base.sources import digest
 
 TAG = "parameters"
 _TYPES = {
@@ -21,12 +27,15 @@ _TYPES = {
     "bool": (bool,),
     "list": (list,),
     "dict": (dict,),
+    "None": (type(None),),
 }
+_END = r"([-+]?\d*\.?\d*(?:e[-+]?\d+)?)"
+_RANGE = re.compile(rf"\[{_END}\.\.{_END}\]\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """One declared parameter: `name: type = default  # help`."""
+    """One declared parameter: `name: type = default  # help [range]`."""
 
     name: str
     type: str
@@ -49,50 +58,79 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
 
 
 def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str, Declared]:
-    """The parameters a notebook declares, by name, in order.
+    """The parameters a notebook declares, by name, in order. Raises ConfigError.
 
-    Raises ConfigError unless exactly one cell is tagged 'parameters', and for a value that is not a literal.
-    papermill itself would run on with its defaults in both cases.
+    Exactly one cell must be tagged 'parameters'; papermill itself would run on with its defaults otherwise.
     """
-    import ast
-
     tagged = [c for c in notebook.cells if c.cell_type == "code" and TAG in c.metadata.get("tags", ())]
     if len(tagged) != 1:
         raise ConfigError(f"{name}: exactly one code cell must be tagged {TAG!r}, found {len(tagged)}")
-    logging.getLogger("papermill").setLevel(logging.WARNING)
-    from papermill.inspection import inspect_notebook
+    return declared_in(tagged[0].source, name)
 
-    found = inspect_notebook(notebook)
-    assigned = [n for s in ast.parse(tagged[0].source).body for n in ast.walk(s) if isinstance(n, ast.Name)]
-    if unread := {n.id for n in assigned if isinstance(n.ctx, ast.Store)} - set(found):
-        raise ConfigError(
-            f"{name}: papermill cannot read the declaration of {sorted(unread)}; "
-            "write one line each, with a plain type: name: type = value  # meaning"
-        )
+
+def declared_in(source: str, name: str) -> dict[str, Declared]:
+    """The parameters that the source of a parameters cell declares, each `name: type = literal  # help [range]`.
+
+    Raises ConfigError for any other line of code, a value that is no literal and a range that cannot be read.
+    """
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
     declared = {}
-    for parameter in found.values():
+    for line in ast.parse(source).body:
+        if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value):
+            raise ConfigError(
+                f"{name}: cannot read the declaration {ast.unparse(line)!r}; write name: type = value  # help [range]"
+            )
+        key, kind = line.target.id, ast.unparse(line.annotation)
         try:
-            default = ast.literal_eval(parameter["default"])
-        except (ValueError, SyntaxError) as error:
-            raise ConfigError(f"{name}: parameter {parameter['name']!r} needs a literal value") from error
-        kind = parameter["inferred_type_name"]
-        declared[parameter["name"]] = Declared(
-            parameter["name"], "" if kind == "None" else kind, default, parameter["help"]
-        )
+            default = ast.literal_eval(line.value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: parameter {key!r} needs a literal value") from error
+        declared[key] = Declared(key, kind, default, comments.get(line.end_lineno, ""))
     return declared
 
 
 def check_parameters(declared: dict[str, Declared], given: dict[str, Any], name: str) -> dict[str, Any]:
-    """All parameters of a run, defaults filled in. Raises ConfigError for unknown names, wrong types."""
-    if unknown := sorted(set(given) - set(declared)):
-        raise ConfigError(f"{name} does not declare {unknown}; it declares {sorted(declared)}")
+    """All parameters of a run, defaults filled in. Raises ConfigError for unknown names, wrong types, values out of
+    the declared range.
+    """
+    check_known(given, declared, f"parameter of {name}")
     for key, value in given.items():
-        kind = declared[key].type
-        allowed = _TYPES.get(kind.split("[")[0].strip())
-        wrong_bool = isinstance(value, bool) and kind != "bool"
-        if allowed and (wrong_bool or not isinstance(value, allowed)):
-            raise ConfigError(f"{name}: {key} is declared as {kind}, got {value!r}")
-    return {key: given.get(key, entry.default) for key, entry in declared.items()}
+        kinds = [kind.split("[")[0].strip() for kind in declared[key].type.split("|")]
+        allowed = [t for kind in kinds for t in _TYPES.get(kind, (object,))]
+        wrong_bool = isinstance(value, bool) and not {"bool", "object"} & set(kinds)
+        if wrong_bool or not isinstance(value, tuple(allowed)):
+            raise ConfigError(f"{name}: {key} is declared as {declared[key].type}, got {value!r}")
+    values = {key: given.get(key, entry.default) for key, entry in declared.items()}
+    for key, value in values.items():
+        _check_range(value, declared[key], name)
+    return values
+
+
+def _check_range(value: Any, declared: Declared, name: str) -> None:
+    """Numbers, in lists too, are finite and above zero, or in the range that ends the help: [0..], [0..1]."""
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        free = dataclasses.replace(declared, help="[..]") if isinstance(value, dict) else declared
+        for x in inside:  # what stands in a dict has a meaning of its own, so it has only to be finite
+            _check_range(x, free, name)
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    found = _RANGE.search(declared.help)
+    low, high = (float(end) if end else None for end in found.groups()) if found else (None, None)
+    if not math.isfinite(value):
+        wanted = "a finite number"
+    elif not found and value <= 0:
+        wanted = "a number above 0"
+    elif (low is not None and value < low) or (high is not None and value > high):
+        wanted = f"a number in {found[0].strip()}"
+    else:
+        return
+    raise ConfigError(f"{name}: {declared.name} = {value!r}; give {wanted}")
 
 
 def check_notebook(notebook: nbformat.NotebookNode, name: str) -> dict[str, Declared]:
@@ -105,18 +143,24 @@ def check_notebook(notebook: nbformat.NotebookNode, name: str) -> dict[str, Decl
     return declared
 
 
+def cells_code(notebook: nbformat.NotebookNode) -> list[str]:
+    """The sources of the code cells that are not empty."""
+    return [c.source for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+
+
 def code_hash(notebook: nbformat.NotebookNode) -> str:
-    """Hash of what is executed: the code cells in order, and which of them takes the parameters."""
-    cells = [(c.source, TAG in c.metadata.get("tags", ())) for c in notebook.cells if c.cell_type == "code"]
-    return digest(json.dumps([cell for cell in cells if cell[0].strip()]))
+    """Hash of what is executed: the code of the cells in order, and which of them takes the parameters."""
+    tagged = [
+        TAG in c.metadata.get("tags", ())
+        for c in notebook.cells
+        if c.cell_type == "code" and c.source.strip()
+    ]
+    return digest(
+        json.dumps([[sources.code_hash(text), tag] for text, tag in zip(cells_code(notebook), tagged)])
+    )
 
 
-def prose_hash(notebook: nbformat.NotebookNode) -> str:
-    """Hash of everything that is shown but not executed: all cells in order with their metadata."""
-    return digest(json.dumps([(c.cell_type, c.source, c.metadata) for c in notebook.cells], sort_keys=True))
-
-
-def refresh_prose(executed: nbformat.NotebookNode, template: nbformat.NotebookNode) -> nbformat.NotebookNode:
+def with_prose(executed: nbformat.NotebookNode, template: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The template's cells in its present order and wording, with the outputs of the executed code cells.
 
     Only valid while `code_hash` is unchanged. The injected parameters stay behind the parameters cell.

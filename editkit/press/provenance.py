@@ -1,23 +1,18 @@
-"""Where a run comes from: packages, hardware, git state, and hashes of everything that goes into it."""
+"""Where a run comes from: packages, hardware, git state."""
 
 from __future__ import annotations
 
-import ast
-import functools
-import hashlib
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
-# A change of one of these may change numbers, so it counts as a changed input.
-NUMERIC_PACKAGES = ("numpy", "scipy", "torch", "transformers", "tokenizers")
 REPORTED_PACKAGES = (
-    *NUMERIC_PACKAGES, "pandas", "scikit-learn", "matplotlib", "seaborn", "safetensors", "papermill",
-    "jupyter-book", "nltk",
+    "numpy", "scipy", "torch", "transformers", "tokenizers", "pandas", "scikit-learn", "matplotlib",
+    "safetensors", "papermill", "jupyter-book", "nltk",
 )  # fmt: skip
 
 
@@ -76,21 +71,11 @@ def peak_memory_mib() -> dict[str, float | None]:
     return {"host": None if peak is None else round(peak, 1), "accelerator": used}
 
 
-def kernel_facts(started: float) -> dict:
-    """What only the executing kernel knows: its packages, hardware, memory and editkit modules.
+def git_state(root: Path, commit: str | None = None, files: Sequence[str] | None = None) -> dict:
+    """{"commit": hash or None, "dirty": bool or None}; dirty: the files differ from the commit.
 
-    started: `time.time()` when the kernel began to import editkit.
+    commit: to compare with, the present one if None.   files: below root; None: the code of the project.
     """
-    return {
-        "packages": package_versions(),
-        "hardware": hardware(),
-        "peak_memory_mib": peak_memory_mib(),
-        "modules": imported_sources(started),
-    }
-
-
-def git_state(root: Path) -> dict:
-    """{"commit": hash or None, "dirty": bool or None}; dirty: the code differs from the commit."""
 
     def git(*args: str) -> str | None:
         try:
@@ -99,77 +84,13 @@ def git_state(root: Path) -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    changes = git("status", "--porcelain", "--", "editkit", "notebooks", "studies", "constraints.txt")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-# -------------------------------------------------------------------- hashes
-
-
-def digest(*parts: str | bytes) -> str:
-    """sha256 over the parts, each preceded by its length, so that no two lists of parts coincide."""
-    h = hashlib.sha256()
-    for part in parts:
-        raw = part.encode() if isinstance(part, str) else part
-        h.update(f"{len(raw)}:".encode())
-        h.update(raw)
-    return h.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, remembered while its size and modification time stay the same."""
-    stat = path.stat()
-    return _file_hash(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_hash(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def tree_hash(path: Path) -> str:
-    """Hash of a file, or of all files below a folder with relative names; "absent" if there is nothing."""
-    if path.is_file():
-        return file_hash(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    if not files:
-        return "absent"
-    return digest(*(part for p in files for part in (p.relative_to(path).as_posix(), file_hash(p))))
-
-
-def source_hash(path: Path) -> str:
-    """Hash of a Python file's syntax tree: comments and layout do not count, everything else does."""
-    try:
-        return digest(ast.dump(ast.parse(path.read_bytes())))
-    except OSError:
-        return "absent"
-    except SyntaxError:
-        return file_hash(path)
-
-
-def imported_sources(started: float) -> dict[str, str]:
-    """{path below the package: source hash} of every editkit module this process has imported.
-
-    A file written after `started` may differ from what was imported; it gets a hash that matches nothing.
-    """
-    found = {}
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == PACKAGE.name and getattr(module, "__file__", None):
-            path = Path(module.__file__).resolve()
-            if path.is_relative_to(PACKAGE):
-                fresh = path.stat().st_mtime > started
-                found[path.relative_to(PACKAGE).as_posix()] = (
-                    "edited during the run" if fresh else source_hash(path)
-                )
-    return dict(sorted(found.items()))
-
-
-def sources_changed(recorded: dict[str, str], package: Path = PACKAGE) -> list[str]:
-    """Those of the recorded module files whose source is different now.
-
-    What a notebook imports is decided by its own code and by the modules it imports, so an unchanged recorded
-    set means that a new execution would import the same code.
-    """
-    return [name for name, old in recorded.items() if source_hash(package / name) != old]
+    commit = commit or git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    if files is None:
+        files = ["editkit", "notebooks", "studies", "constraints.txt"]
+        unknown = git("ls-files", "--others", "--exclude-standard", "--", *files)
+    else:  # code that is in no commit counts, ignored or not; data and models have their hash in the key
+        unknown = git("ls-files", "--others", "--", *(f for f in files if f.endswith((".py", ".ipynb"))))
+    changed = git("diff", "--name-only", commit, "--", *files)
+    return {"commit": commit, "dirty": None if changed is None else bool(changed or unknown)}

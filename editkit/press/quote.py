@@ -20,12 +20,18 @@ class Runs:
     def __init__(self, manifest: dict[str, dict]):
         self.manifest = manifest
 
-    def find(self, alias: str, which: str | None = None) -> tuple[dict, str]:
-        """(sidecar, "run" or "reference"): `which` if given, else this run, else the reference."""
+    def find(self, alias: str, which: str | None = None, page: str | None = None) -> tuple[dict, str]:
+        """(sidecar, "run" or "reference"): `which` if given, else this run, else the reference.
+
+        A stale result gives way to one that is not, except on the run's own page, which shows what was executed.
+        """
         if alias not in self.manifest:
             raise Lookup(f"there is no run {alias!r}; the book has: {', '.join(self.manifest) or 'none'}")
         entry = self.manifest[alias]
-        which = which or ("run" if "run" in entry else "reference")
+        there = [kind for kind in ("run", "reference") if kind in entry]
+        which = which or (
+            there[0] if page == alias else min(there, key=lambda kind: bool(entry[kind].get("stale")))
+        )
         if which not in entry:
             raise Lookup(f"run {alias!r} has no {which} result")
         return entry[which], which
@@ -36,7 +42,7 @@ class Runs:
         alias = match and (match["alias"] or page)
         if not match or not alias or not match["key"]:
             raise Lookup(f"{target!r} should read alias:key")
-        sidecar, which = self.find(alias, match["which"])
+        sidecar, which = self.find(alias, match["which"], page)
         key = match["key"].strip()
         if key not in sidecar[kind]:
             raise Lookup(f"run {alias!r} recorded no {kind[:-1]} {key!r}; it has: {', '.join(sidecar[kind])}")
@@ -47,7 +53,15 @@ def origin(sidecar: dict, which: str) -> str:
     """One line on where a result comes from."""
     commit = (sidecar["git"]["commit"] or "no commit")[:8] + ("+changes" if sidecar["git"]["dirty"] else "")
     kind = "reference run" if which == "reference" else "run"
-    return f"{kind} {sidecar['run_id']}, commit {commit}, {sidecar['started'][:10]}"
+    reasons = sidecar.get("stale") or []
+    shown = ", ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else "")
+    old = f"; STALE: {shown}" if reasons else ""
+    return f"{kind} {sidecar['run_id']}, commit {commit}, {sidecar['started'][:10]}{old}"
+
+
+def marks(sidecar: dict, which: str) -> list[str]:
+    """Words that stand beside whatever is quoted from a result: "ref" for a reference, "stale" where inputs changed."""
+    return ["ref"] * (which == "reference") + ["stale"] * bool(sidecar.get("stale"))
 
 
 def other_execution(entry: dict) -> bool:

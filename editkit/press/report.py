@@ -4,7 +4,8 @@
     run = start(globals())                     # right after the parameters cell
     with run.timed("edit"):
         ...
-    run.value("memit.efficacy", 0.987, lo=0.979, hi=0.993, n=100, fmt=".1%")
+    run.value("memit.efficacy", 0.987, lo=0.979, hi=0.993, n=100, fmt=".1%", kind="bootstrap")
+    run.values(frame, "{method}.{axis}", x="mean", n="n_facts", fmt=".1%", kind="bootstrap")  # one a row
     run.table("scores", frame, caption="Scores after 100 edits.")
     run.figure("tradeoff", fig, caption="...", alt="...", data=frame)
     run.finish()                               # last cell
@@ -15,6 +16,7 @@ in a plain Jupyter session the same calls only display.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -30,8 +32,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.config import check_known
 from ..base.errors import ConfigError
-from .format import MISSING, check_spec, format_number, format_value
+from .format import KINDS, MISSING, check_spec, format_number, format_value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +44,7 @@ RUN_DIR, WORK_DIR, CACHE_DIR, PARAMETERS = (
     "EDITKIT_RUN_DIR", "EDITKIT_WORK_DIR", "EDITKIT_CACHE", "EDITKIT_RUN_PARAMETERS",
 )  # fmt: skip
 RESULTS = "results.json"
-_IMPORTED_AT = time.time()  # before this, in practice, no module of editkit was imported
+_INJECTED = "# Parameters"  # first line of papermill's cell
 _KEY = re.compile(r"[A-Za-z0-9][\w.+@=-]*")
 
 
@@ -50,25 +53,15 @@ def start(namespace: Mapping[str, Any], *, style: bool = True) -> Run:
 
     The declared parameters are the annotated names of that cell (`n_edits: int = 100  # number of edits`).
     style: also apply `editkit.press.plotting.use_style()`.
-    Raises ConfigError when a declared parameter is not plain data, or when the notebook has overwritten a
-    value that `editkit run` passed in.
+    Raises ConfigError when a declared parameter is not plain data, when the notebook has overwritten a value that
+    `editkit run` passed in, and when papermill has injected what is not declared so: name, type or range.
     """
     given = json.loads(os.environ.get(PARAMETERS, "null"))
-    names = list(given) if given is not None else _declared(namespace)
-    parameters = {}
-    for name in names:
-        value = namespace.get(name)
-        try:
-            parameters[name] = json.loads(json.dumps(value))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"parameter {name!r} is a {type(value).__name__}; use plain data: numbers, text, lists, dicts"
-            ) from error
-        if given is not None and parameters[name] != given[name]:
-            raise ConfigError(
-                f"parameter {name!r} was passed as {given[name]!r} but the notebook set it to "
-                f"{parameters[name]!r}; assign parameters only in the cell tagged 'parameters'"
-            )
+    if given is None:
+        _check_injected(namespace)
+    names = given or [name for name in namespace.get("__annotations__", {}) if name in namespace]
+    parameters = {name: _plain(name, namespace.get(name)) for name in names}
+    _refuse_changed(given or {}, namespace)
     # Said on import by tqdm.auto (through transformers) where ipywidgets is missing; no page needs the widget.
     warnings.filterwarnings("ignore", message="IProgress not found")
     if style:
@@ -76,17 +69,38 @@ def start(namespace: Mapping[str, Any], *, style: bool = True) -> Run:
 
         plotting.use_style()
     directory = os.environ.get(RUN_DIR)
-    return Run(parameters, Path(directory) if directory else None)
+    return Run(parameters, Path(directory) if directory else None, namespace)
 
 
-def _declared(namespace: Mapping[str, Any]) -> list[str]:
-    """Names annotated in the notebook, else (no annotations kept) every plain global."""
-    annotated = [name for name in namespace.get("__annotations__", {}) if name in namespace]
-    if annotated:
-        return annotated
-    plain = (bool, int, float, str, list, dict, type(None))
-    hidden = {"In", "Out", "exit", "quit"}
-    return [k for k, v in namespace.items() if not k.startswith("_") and k not in hidden and type(v) in plain]
+def _plain(name: str, value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"parameter {name!r} is a {type(value).__name__}; use plain data: numbers, text, lists, dicts"
+        ) from error
+
+
+def _refuse_changed(parameters: Mapping[str, Any], namespace: Mapping[str, Any]) -> None:
+    for name, was in parameters.items():
+        if (now := _plain(name, namespace.get(name))) != was:
+            raise ConfigError(
+                f"parameter {name!r} was passed as {was!r} but the notebook set it to {now!r}; assign parameters "
+                "only in the cell tagged 'parameters'"
+            )
+
+
+def _check_injected(namespace: Mapping[str, Any]) -> None:
+    """Check what papermill alone has injected: it warns of a misspelt name and runs on with the defaults."""
+    cells = [cell for cell in namespace.get("In", ()) if cell.strip()]
+    if not any(cell.startswith(_INJECTED) for cell in cells[1:]):
+        return
+    from .notebook import check_parameters, declared_in
+
+    place = next(i for i, cell in enumerate(cells) if i and cell.startswith(_INJECTED))
+    names = [line.targets[0].id for line in ast.parse(cells[place]).body if isinstance(line, ast.Assign)]
+    declared = declared_in(cells[place - 1], "this notebook")
+    check_parameters(declared, {name: namespace[name] for name in names}, "this notebook")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +121,22 @@ class Value:
 class Run:
     """Collects values, tables, figures and timings of one run. Made by `start`."""
 
-    def __init__(self, parameters: dict[str, Any], directory: Path | None = None):
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        directory: Path | None = None,
+        namespace: Mapping[str, Any] | None = None,
+    ):
         self.parameters = parameters
         self.directory = directory
-        self.values: dict[str, dict] = {}
+        self.numbers: dict[str, dict] = {}
         self.tables: dict[str, dict] = {}
         self.figures: dict[str, dict] = {}
         self.timings: dict[str, float] = {}
         self._started = time.perf_counter()
         self._scratch: Path | None = None
+        self._namespace = parameters if namespace is None else namespace
+        self._finished = False
 
     # ---------------------------------------------------------------- where things go
 
@@ -155,23 +176,58 @@ class Run:
         unit: str = "",
         note: str = "",
         fmt: str | None = None,
+        kind: str = "",
     ) -> Value:
         """Record one number under a key the book can quote.
 
         x:      the number; scores are fractions 0..1 (print them with fmt=".1%"). None: "not measured".
-        lo, hi: ends of its 95 % interval, on the scale of x.   n: number of items (facts, prompts) averaged.
+        lo, hi: ends of its interval, on the scale of x.   kind: what they are, a key of `format.KINDS`.
+        n:      number of items (facts, prompts) averaged.
         unit:   text after the number, e.g. "s".   note: what exactly was measured (protocol).
         fmt:    Python format spec; default ".3g" for floats, ",d" for integers.
         Raises ConfigError for a bad or (in a recorded run) repeated key, NaN, or a reversed or half interval.
         """
-        self._claim(key, self.values)
+        self._claim(key, self.numbers)
+        check_known([kind], KINDS, "kind of interval")
         record = {"value": _number(key, x), "lo": _number(key, lo), "hi": _number(key, hi)}
         if (lo is None) != (hi is None) or (lo is not None and lo > hi):
             raise ConfigError(f"value {key!r}: give both ends of the interval, lo <= hi; got {lo}, {hi}")
         record |= {"n": None if n is None else int(n), "unit": unit, "note": note}
-        record["fmt"] = check_spec(fmt) if fmt else None
-        self.values[key] = record
+        record |= {"fmt": check_spec(fmt) if fmt else None, "kind": kind}
+        self.numbers[key] = record
         return Value(key, record)
+
+    def values(
+        self,
+        frame: pd.DataFrame,
+        key: str,
+        x: str = "mean",
+        *,
+        lo: str = "lo",
+        hi: str = "hi",
+        n: str | int | None = "n",
+        scale: float = 1.0,
+        note: str = "",
+        **more: Any,
+    ) -> list[Value]:
+        """Record one number per row of a frame; see `value` for `unit`, `fmt` and `kind`.
+
+        key, note: with columns in braces, "{method}.{axis}".   x, lo, hi, n: columns; ends that the frame does not have
+        or that are NaN are left out, an x that is NaN is "not measured".   n: also one number for all rows.
+        scale: factor of x and its ends, e.g. 100 for points.
+        """
+        made = []
+        for row in frame.to_dict("records"):
+            x_, lo_, hi_ = (
+                None if row.get(c) is None or row[c] != row[c] else scale * row[c] if scale != 1.0 else row[c]
+                for c in (x, lo, hi)
+            )
+            if x not in row:
+                raise ConfigError(f"the frame has no column {x!r}; it has {', '.join(map(str, row))}")
+            count = row.get(n) if isinstance(n, str) else n
+            ends = {} if x_ is None or lo_ is None or hi_ is None else {"lo": lo_, "hi": hi_}
+            made.append(self.value(key.format(**row), x_, **ends, n=count, note=note.format(**row), **more))
+        return made
 
     def table(
         self, name: str, df: pd.DataFrame, *, caption: str = "", fmt: Mapping[str, str] | str | None = None
@@ -229,25 +285,34 @@ class Run:
     def finish(self) -> None:
         """Write the results. A recorded run without this call counts as unfinished."""
         seconds = time.perf_counter() - self._started
+        _refuse_changed(self.parameters, self._namespace)
+        self._finished = True
         if self.directory is None:
             print(f"Finished after {seconds:.1f} s. Interactive session: nothing was written.")
             return
-        from .provenance import kernel_facts
+        from .kernel import what_was_read
+        from .provenance import hardware, package_versions, peak_memory_mib
 
         results = {
             "parameters": self.parameters,
-            "values": self.values,
+            "values": self.numbers,
             "tables": self.tables,
             "figures": self.figures,
             "timings": {name: round(t, 4) for name, t in self.timings.items()},
             "notebook_seconds": round(seconds, 3),
-            **kernel_facts(_IMPORTED_AT),
+            "processor_seconds": round(time.process_time(), 1),  # all threads, imports included: independent of load
+            "packages": package_versions(),
+            "hardware": hardware(),
+            "peak_memory_mib": peak_memory_mib(),
+            "read": what_was_read(),
         }
         self._write(RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
     # ---------------------------------------------------------------- helpers
 
     def _claim(self, name: str, taken: dict) -> None:
+        if self.recorded and self._finished:
+            raise ConfigError(f"{name!r} is recorded after run.finish(), which must be the last call")
         if not _KEY.fullmatch(name):
             raise ConfigError(f"{name!r} is no key; use letters, digits and . _ - + = @, e.g. 'a.b'")
         if self.recorded and name in taken:
@@ -257,8 +322,11 @@ class Run:
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             partial = self.directory / f".{file}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.directory / file)
+            try:
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(self.directory / file)
+            finally:
+                partial.unlink(missing_ok=True)  # a full disk leaves no half file
         return file
 
 

@@ -7,8 +7,8 @@ runs:
     title: Locate-then-edit          # page title of the run in the appendix
     parameters: {n_edits: 100}
     grid: {seed: [0, 1, 2]}          # one run per combination; the alias must tell them apart
-    inputs: [data:clare/data.json]   # files whose content counts as input (data: = below EDITKIT_DATA)
-    requires: [data:clare/data.json] # without these files (or model:smollm2, fetched) the run is not available here
+    inputs: [notes.txt]              # files that count although the notebook does not open them itself
+    requires: [data:zsre/zsre.json]  # without it not available here (data: below EDITKIT_DATA; model:smollm2: fetched)
     tags: [labyrinth]
     gpus: 0                          # resources, for the scheduler
     threads: 2
@@ -31,8 +31,8 @@ from typing import Any
 import yaml
 
 from ..base.errors import ConfigError
+from ..base.sources import digest
 from ..models.pretrained import description_of
-from .provenance import digest, tree_hash
 
 _FIELDS = {
     "notebook": str, "alias": str, "title": str, "parameters": dict, "grid": dict, "inputs": list,
@@ -43,32 +43,58 @@ _ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-5 is a number, only true/false are booleans, dates stay text."""
+    """YAML as people mean it, and nothing else: texts, numbers as JSON writes them, true, false, null, lists, mappings.
+
+    1e-5 is a number; no, 2024-01-01, 010, 12:30 and 1_0 are text, as written. Tags, anchors and keys that stand
+    twice are errors with their place.
+    """
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if getattr(event, "anchor", None) or (getattr(event, "tag", None) or "!") != "!":
+            what = "anchors and aliases" if getattr(event, "anchor", None) else f"the tag {event.tag}"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{what} cannot be used here; write the value", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            text = key.tag == "tag:yaml.org,2002:str"
+            if not text or key.value in seen:
+                problem = f"the key {key.value!r} stands twice" if text else "a key must be a text"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node):
+        text = self.construct_scalar(node)
+        if len(text) > 30:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number of more than 30 signs", node.start_mark
+            )
+        return int(text) if node.tag.endswith("int") else float(text)
 
 
-_Loader.yaml_implicit_resolvers = {
-    char: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if tag.rsplit(":", 1)[1] not in ("bool", "timestamp", "float")
-    ]
-    for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$"
-    ),
-    "-+.0123456789",
-)
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9]\d*)", "-+0123456789"),
+    ("float", r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML with the rules above."""
-    return yaml.load(text, Loader=_Loader)
+    """Parse YAML with the rules above. Raises yaml.YAMLError with line and column."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +162,7 @@ def load_study(
         raw = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the study {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("runs", [] if "include" in raw else None), list):
         raise ConfigError(f"{path}: a study has a list 'runs' (and optionally 'title' and 'include')")
@@ -247,11 +273,3 @@ def how_to_get(reference: str) -> str:
     """A missing file of `requires`, and what brings it."""
     model = reference.removeprefix("model:")
     return f"{reference} ({'set EDITKIT_DATA' if model == reference else f'run `editkit fetch {model}`'})"
-
-
-def data_hashes(run: RunSpec, root: Path) -> dict[str, str]:
-    """{reference: content hash or "absent"} of the declared inputs."""
-    return {
-        reference: tree_hash(resolve_file(reference, root))
-        for reference in sorted({*run.inputs, *run.requires})
-    }

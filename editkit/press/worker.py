@@ -12,18 +12,96 @@ import json
 import logging
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import psutil
+from filelock import FileLock, Timeout
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
+from ..base.errors import UnavailableError
+from .kernel import COMMAND
+
 OOM_CODES = (137, 138)
-OK, FAILED, DIED, NO_START = "ok", "failed", "died", "no-start"
+OK, FAILED, DIED, NO_START, UNAVAILABLE = "ok", "failed", "died", "no-start", "unavailable"
+
+
+class Processes:
+    """The worker processes alive now, so that an interrupt can end them all."""
+
+    def __init__(self) -> None:
+        self._alive: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def wait(self, command: list[str], **options) -> int:
+        """Start a process that takes no part in our Ctrl-C and wait for its end; returns its exit code.
+
+        Its standard input is a pipe that nobody but us holds open, so that it notices when we are gone.
+        """
+        with self._lock:
+            if self._closed:
+                return -signal.SIGTERM
+            process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, **options)
+            self._alive.add(process)
+        try:
+            return process.wait()
+        finally:
+            process.stdin.close()
+            with self._lock:
+                self._alive.discard(process)
+
+    def end_all(self) -> None:
+        """Kill every process with its children (the kernels), and start no new ones."""
+        with self._lock:
+            self._closed = True
+            for process in self._alive:
+                with contextlib.suppress(psutil.Error):
+                    for child in psutil.Process(process.pid).children(recursive=True):
+                        child.kill()
+                process.kill()
+
+
+def call_worker(stage: Path, log: Path, env: dict[str, str], processes: Processes) -> tuple[dict, int]:
+    """Run the worker process to its end; returns its outcome and exit code."""
+    answer = stage / "outcome.json"
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "editkit.press.worker", str(stage / "request.json")]
+    with runtime_dir() as runtime, log.open("ab") as sink:
+        env = env | {"JUPYTER_RUNTIME_DIR": str(runtime)}
+        code = processes.wait(command, env=env, stdout=sink, stderr=sink)
+    if answer.is_file():
+        return json.loads(answer.read_text(encoding="utf-8")), code
+    return {"status": DIED if code in (-signal.SIGKILL, *OOM_CODES) else FAILED, "message": ""}, code
+
+
+@contextlib.contextmanager
+def runtime_dir() -> Iterator[Path]:
+    """A folder with a short path for the sockets of the kernel, whose names may not exceed about 100 characters.
+
+    Each is held by a lock as long as its owner lives, so that what a killed one left can be told from what is in use.
+    """
+    for old in Path(tempfile.gettempdir()).glob("ek-*/lock"):
+        with contextlib.suppress(OSError, Timeout), FileLock(old, timeout=0):
+            shutil.rmtree(old.parent, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=".ek-"))
+    with FileLock(made / "lock"):
+        made = made.rename(made.with_name(made.name[1:]))  # it is seen by others only now, when it is locked
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+# -------------------------------------------------------------------- in the worker
 
 
 class OwnKernelManager(AsyncKernelManager):
@@ -37,17 +115,18 @@ class OwnKernelManager(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-c", COMMAND, "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
 
-def _die_with_parent() -> None:
-    """End this process and its kernel, and clear up, when the process that started it is gone."""
-    parent = os.getppid()
+def _end_with_runner() -> None:
+    """End this process and its kernel, and clear up, when the process that started it is gone.
+
+    Our standard input is a pipe whose other end only the runner holds: however it ends, reading ends.
+    """
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        os.read(0, 1)
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
@@ -81,13 +160,13 @@ def execute(request: dict) -> dict:
             )
         except PapermillExecutionError as error:
             log.write("\n".join(error.traceback) + "\n")
+            if error.ename == UnavailableError.__name__:
+                return {"status": UNAVAILABLE, "message": error.evalue}
             return {"status": FAILED, "message": f"{error.ename}: {error.evalue}", "cell": error.cell_index}
         except DeadKernelError as error:
             return {"status": DIED, "message": str(error)}
         except RuntimeError as error:
-            if "Kernel did" in str(
-                error
-            ):  # "didn't respond in ..." and "died before replying to kernel_info"
+            if "Kernel did" in str(error):  # "didn't respond in ...", "died before replying to kernel_info"
                 return {"status": NO_START, "message": str(error)}
             raise
     return {"status": OK, "message": ""}
@@ -95,7 +174,7 @@ def execute(request: dict) -> dict:
 
 def main(request_path: str) -> int:
     """Entry point of the process; the exit code is 0 whenever an outcome was written."""
-    _die_with_parent()
+    _end_with_runner()
     logging.getLogger("papermill").setLevel(logging.WARNING)
     path = Path(request_path)
     request = json.loads(path.read_text(encoding="utf-8"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..base.cached import content_key
+from ..base.cached import locked, made_key
 from ..base.errors import ConfigError
+from ..base.paths import written
 from ..base.progress import bar
 from ..models.facts import Fact
 from .bench import Bench
@@ -22,7 +25,8 @@ from .bench import Bench
 class Keep:
     """Where a long stream leaves its state, so that an interrupted one goes on to the same weights.
 
-    folder:  made if missing; one stream has two small files there.
+    folder:  made if missing; one stream has two small files there. One process at a time runs a stream: another that
+             wants the same waits.
     name:    must change with everything that decides the stream; see `kept_stream`.
     seconds: the state is written when this much time has passed since the last writing.
     forget:  a finished stream is removed; else its state and notes stay, and it is not edited again.
@@ -51,9 +55,8 @@ class Keep:
         former = json.loads(self.index.read_text())["state"] if self.index.exists() else None
         state = f"{self.name}-{done}.safetensors"
         editor.save(self.folder / state)
-        part = self.index.with_suffix(".part")
-        part.write_text(json.dumps({"done": done, "state": state, "notes": notes}))
-        part.replace(self.index)
+        with written(self.index) as part:
+            part.write_text(json.dumps({"done": done, "state": state, "notes": notes}))
         if former not in (None, state):
             (self.folder / former).unlink(missing_ok=True)
 
@@ -89,23 +92,24 @@ def edit_stream(
         raise ConfigError(
             f"{inside[0]} facts are no multiple of batch = {batch}; checkpoints lie between batches"
         )
-    done, notes = keep.load(editor) if keep else (0, [])
-    if checkpoint and points[:1] == [0] and not notes:
-        notes.append(checkpoint(0))
-    saved = time.monotonic()
-    starts = range(done, len(facts), batch)
-    for start in bar(starts, "stream", unit="batch") if len(starts) > 1 else starts:
-        stop = min(start + batch, len(facts))
-        editor.edit(facts[start:stop])
-        if checkpoint and stop in points:
-            notes.append(checkpoint(stop))
-        if keep and time.monotonic() - saved >= keep.seconds:
-            keep.save(editor, stop, notes)
-            saved = time.monotonic()
-    if keep and keep.forget:
-        keep.clear()
-    elif keep and len(starts):
-        keep.save(editor, len(facts), notes)
+    with locked(keep.folder, keep.name) if keep else contextlib.nullcontext():
+        done, notes = keep.load(editor) if keep else (0, [])
+        if checkpoint and points[:1] == [0] and not notes:
+            notes.append(checkpoint(0))
+        saved = time.monotonic()
+        starts = range(done, len(facts), batch)
+        for start in bar(starts, "stream", unit="batch") if len(starts) > 1 else starts:
+            stop = min(start + batch, len(facts))
+            editor.edit(facts[start:stop])
+            if checkpoint and stop in points:
+                notes.append(checkpoint(stop))
+            if keep and time.monotonic() - saved >= keep.seconds:
+                keep.save(editor, stop, notes)
+                saved = time.monotonic()
+        if keep and keep.forget:
+            keep.clear()
+        elif keep and len(starts):
+            keep.save(editor, len(facts), notes)
     return notes
 
 
@@ -152,7 +156,7 @@ def kept_stream(bench: Bench, editor, batch: int, shared: bool, *more: Any) -> K
     content = [
         bench.fingerprint, editor.name, editor.config.to_dict(), bench.contexts.groups, facts, batch, shared, more,
     ]  # fmt: skip
-    return Keep(bench.cache_dir / "streams", content_key(content))
+    return Keep(bench.cache_dir / "streams", made_key(content, __file__, inspect.getfile(type(editor))))
 
 
 def spread(facts: Sequence[Fact], n: int | None) -> list[Fact]:

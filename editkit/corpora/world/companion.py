@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ...base.errors import DataError
+from ...base.paths import user_path
 from ...models.lm import load_lm
 from .corpus import Example, statement_example, train_tokenizer
 from .train import TrainConfig, greedy_recall, train
@@ -118,7 +119,7 @@ def build(
     log=print,
 ) -> dict:
     """Train a companion and write it to `out_dir`; returns the recall report of the stored (float16) weights."""
-    out = Path(out_dir)
+    out = user_path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     world = make_world(config)
     corpus = corpus_pairs(corpus_facts)
@@ -241,7 +242,7 @@ def write_model(out: Path, model, tokenizer) -> None:
 
 def write_card(folder: str | Path, note: str = "") -> Path:
     """README.md of a companion folder, written from its own files; note: what a rerun of the command would not show."""
-    folder = Path(folder)
+    folder = user_path(folder)
     setup = json.loads((folder / "world.json").read_text())
     report = json.loads((folder / "recall.json").read_text())
     config = json.loads((folder / "config.json").read_text())
@@ -299,7 +300,7 @@ on {recipe["threads"]} core(s) of a CPU, Muon for the matrices of the blocks and
 
 def load_companion(path: str | Path | None = None, *, check: bool = True):
     """The shipped companion as an editkit LM (float32). Raises DataError if files are missing or altered."""
-    folder = Path(path) if path else SHIPPED
+    folder = user_path(path) if path else SHIPPED
     hashes = folder / "sha256.json"
     if not hashes.exists():
         raise DataError(f"no companion model in {folder}; train one with `editkit train --out {folder}`")
@@ -314,6 +315,6 @@ def load_companion(path: str | Path | None = None, *, check: bool = True):
 
 def load_world(path: str | Path | None = None):
     """The world on which the companion in `path` (default: the shipped one) was trained."""
-    folder = Path(path) if path else SHIPPED
+    folder = user_path(path) if path else SHIPPED
     config = json.loads((folder / "world.json").read_text())["companion"]
     return make_world(CompanionConfig(**config))

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from ...base.errors import ConfigError
+from ...base.paths import user_path
+from ...base.sources import digest
 from .corpus import END, Sampler, encode_examples
 
 
@@ -181,7 +183,8 @@ def train(
 
     examples: list of Example. weights: sampling weight per example. evaluate: callable(model) -> dict, called every
     `every` steps. out_dir: a checkpoint (model, optimisers, sampler, random state) is written there every `every`
-    steps, and an interrupted call with the same arguments goes on from it to the same result.
+    steps, and an interrupted call with the same arguments goes on from it to the same result; a checkpoint of other
+    texts or another recipe is refused (ConfigError).
     stop_after: stop at this step as if interrupted (used by the test of resuming).
     """
     torch.set_num_threads(config.threads)
@@ -192,12 +195,15 @@ def train(
         encoded, tokenizer.convert_tokens_to_ids(END), length=config.length, seed=config.seed, weight=weights
     )
     token_weight = np.array([config.text_weight if e.spans is None else 1.0 for e in examples])
-    checkpoint = Path(out_dir) / "checkpoint.pt" if out_dir else None
+    checkpoint = user_path(out_dir) / "checkpoint.pt" if out_dir else None
     first, records, spent = 0, [], 0.0
+    texts = digest(*(example.text for example in examples), json.dumps(tokenizer.get_vocab(), sort_keys=True))
     if checkpoint and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
-        if state["config"] != dataclasses.asdict(config):
-            raise ConfigError(f"{checkpoint} belongs to another recipe; remove it or choose another folder")
+        for part, mine in (("config", dataclasses.asdict(config)), ("texts", texts)):
+            if state.get(part) != mine:
+                what = "recipe" if part == "config" else "world or corpus"
+                raise ConfigError(f"{checkpoint} belongs to another {what}; remove it or choose another folder")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -228,6 +234,7 @@ def train(
                 torch.save(
                     {
                         "config": dataclasses.asdict(config),
+                        "texts": texts,
                         "model": model.state_dict(),
                         "optimizers": [o.state_dict() for o in optimizers],
                         "sampler": sampler.state_dict(),

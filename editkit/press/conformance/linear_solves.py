@@ -43,8 +43,9 @@ class _Recorded:
 
     @property
     def divisor(self) -> float:
-        return self.hparams.get("residual_divisor",
-                                self.hparams.get("n_layers", 1) - self.hparams.get("layer_index_i", 0))
+        return self.hparams.get(
+            "residual_divisor", self.hparams.get("n_layers", 1) - self.hparams.get("layer_index_i", 0)
+        )
 
     def check(self, name: str, ours: torch.Tensor, note: str = "") -> Iterator[Comparison]:
         """Nothing when `name` was not recorded."""
@@ -91,8 +92,15 @@ def _sequence(r: _Recorded) -> Iterator[Comparison]:
         yield from _alphaedit_sequence(r, Ks, Rs)
     yield from _latest(r, Ks, Rs)
     if "err_solve_adjk" in r:
-        delta = memit_update(Ks[0], Rs[0], r["cov"], r.number("mom2_update_weight"), Ks[1] @ Ks[1].T,
-                             ridge=1.0, E=r["errcache_in"])
+        delta = memit_update(
+            Ks[0],
+            Rs[0],
+            r["cov"],
+            r.number("mom2_update_weight"),
+            Ks[1] @ Ks[1].T,
+            ridge=1.0,
+            E=r["errcache_in"],
+        )
         yield from r.check("err_solve_adjk", delta.T)
     if "rome_u" in r:
         yield from r.check("rome_u", rome_direction(r["cov"], Ks[0][:, 0]))

@@ -97,7 +97,9 @@ def _edit(case: Case, editor: _Recorded, seen: Log, e: int) -> list[Comparison]:
     out.append(compare(f"e{e}_layer_input", seen["layer_input"][-1], arrays[f"e{e}_layer_input"], 1e-5))
     recorded = arrays[f"e{e}_loss_total_ft_act"]
     found = seen["losses"][e]
-    if found.shape[1] < recorded.shape[1]:  # nothing is replayed before the first merge: no losses of it, or zeros
+    if (
+        found.shape[1] < recorded.shape[1]
+    ):  # nothing is replayed before the first merge: no losses of it, or zeros
         unused = np.nan_to_num(recorded[:, found.shape[1] :])
         out.append(compare(f"e{e} replay losses before the first merge", 0 * unused, unused, 0.0))
         recorded = recorded[:, : found.shape[1]]
