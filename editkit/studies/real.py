@@ -18,7 +18,7 @@ from ..corpora import real
 from ..corpora.table import FactTable, Key
 from ..models.facts import Fact
 from ..models.lm import LM
-from ..scoring import score
+from ..scoring import protocols, score
 from ..scoring.generation import generate
 
 Source = Literal["english", "prompts", "both", "samples"]
@@ -66,15 +66,16 @@ def recall(
         wording = table.relation(relation).templates[template].text
         facts = [Fact(wording, s, table.value(relation, s), relation=relation) for s in subjects]
 
-        def ask(facts=facts) -> dict[str, torch.Tensor]:
+        def ask(_: Sequence[str] = (), facts=facts) -> dict[str, dict[str, torch.Tensor]]:
             rows = score(lm, facts, "generate", ["efficacy"])
             text = json.dumps(list(rows["text"])).encode()
             flags = {k: torch.tensor(rows[k].to_numpy(dtype=np.float32)) for k in ("exact", "prefix")}
-            return {**flags, "text": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+            return {"all": {**flags, "text": torch.frombuffer(bytearray(text), dtype=torch.uint8)}}
 
         asked = hashlib.sha256(repr([(f.text, f.target) for f in facts]).encode()).hexdigest()
         content = {"fingerprint": fingerprint, "asked": asked}
-        said = ask() if cache_dir is None else found_or_made(cache_dir, "recall", content, ask)
+        kept = {} if cache_dir is None else found_or_made(cache_dir, "recall", content, ask, protocols.__file__)
+        said = (kept or ask())["all"]
         columns = {"relation": relation, "subject": subjects, "answer": [f.target for f in facts]}
         texts = json.loads(bytes(said["text"].numpy()))
         parts.append(pd.DataFrame({**columns, "text": texts, **{k: said[k].numpy() for k in ("exact", "prefix")}}))
