@@ -2,8 +2,8 @@
 
     python benchmarks/edit_families.py --out benchmarks/results/edit_families.json
 
-Every method writes the same known fact at the model's preset, with second moments and contexts at hand. Prints JSON: per
-method the processor seconds of one edit without the profiler, and the shares of the profiled time that products of
+Every method writes the same known fact at the model's preset, with second moments and contexts at hand. Prints JSON:
+per method the processor seconds of one edit without the profiler, and the shares of the profiled time that products of
 matrices, attention, factorisations and solves, and copies between dtypes and places take.
 """
 

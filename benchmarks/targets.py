@@ -229,9 +229,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model", default="companion", help="companion, or a real model with a preset (smollm2)"
     )
     parser.add_argument("--facts", type=int, default=100)
-    parser.add_argument(
-        "--asked", type=int, default=60, help="real model: facts asked per relation, to find known ones"
-    )
+    parser.add_argument("--asked", type=int, default=60, help="facts asked per relation, to find known ones")
     parser.add_argument(
         "--slices", type=int, default=1, help="parts that alternate between the two (1: all at once)"
     )
