@@ -17,6 +17,7 @@ COMMANDS = {
     "collect": "editkit.press.command",
     "book": "editkit.press.command",
     "train": "editkit.corpora.world.command",
+    "pocket": "editkit.press.pocket",
     "fetch": "editkit.corpora.command",
     "conformance": "editkit.press.conformance.command",
     "doctor": "editkit.methods.doctor",

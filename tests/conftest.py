@@ -173,3 +173,15 @@ def golden_dir(shared_dir) -> Path:
 def golden_lm(golden_dir):
     """Factory `golden_lm("gpt2" | "llama", dtype=None) -> LM` of the recorded tiny models."""
     return lambda kind, dtype=None: load_lm(str(golden_dir / "models" / kind), dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LM:
+    """The pretrained model; skips the test where it has not been fetched. Whoever edits it restores it."""
+    from editkit.base.errors import DataError
+    from editkit.models.pretrained import pretrained_folder
+
+    try:
+        return load_lm(str(pretrained_folder("smollm2")))
+    except DataError as error:
+        pytest.skip(str(error))

@@ -9,7 +9,7 @@ import logging
 import pytest
 from record_files import RECORDS, change, rows, write
 
-from editkit.base.errors import DataError
+from editkit.base.errors import DataError, RequestError
 from editkit.corpora import base, counterfact, mquake, ripple, selfcheck, temporal, zsre
 from editkit.models.facts import Fact, validate_facts
 
@@ -305,3 +305,20 @@ def test_zsre_takes_other_locality_texts_as_they_are(tmp_path):
     content = [change(row, "loc", "Tarn lies on the") for row in rows("zsre.json")]
     facts = zsre.load(write(tmp_path, "z.json", content))
     assert facts[0].locality[0].prompt == "Tarn lies on the"
+
+
+def test_two_cities_of_one_name_are_counted_and_named(tmp_path, caplog):
+    rows = [
+        {"case_id": i, "requested_rewrite": {"prompt": "{} lies in", "subject": s, "target_new": {"str": new},
+                                             "target_true": {"str": true}}, "paraphrase_prompts": [],
+         "neighborhood_prompts": [], "generation_prompts": []}
+        for i, (s, new, true) in enumerate([("Paris", "Italy", "France"), ("Rome", "Spain", "Italy"),
+                                            ("Paris", "Peru", "Texas")])
+    ]  # fmt: skip
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    corpus = counterfact.load(path)
+    assert corpus.provenance.defects["pairs of facts with one text and two objects"] == 1
+    assert "'Paris lies in' has two objects in record 0" in caplog.text
+    with pytest.raises(RequestError, match=r"facts 0 \(0, row 0\) and 2 \(2, row 2\) conflict"):
+        validate_facts(corpus)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from editkit.base.config import Config, option
 from editkit.base.errors import ConfigError, DataError, ModelError
 from editkit.methods.delta import Delta, cast_loss, describe_facts
+from editkit.models.lm import LM
 
 
 def make_delta(lm, layers=(0, 1), seed=0, facts=()):
@@ -30,8 +31,9 @@ def test_apply_and_restore_are_bit_exact(any_lm):
     before = any_lm.fingerprint()
     delta = make_delta(any_lm)
     for _ in range(2):
-        delta.apply(any_lm)
-        delta.apply(any_lm)  # a second time changes nothing
+        assert delta.apply(any_lm) is delta
+        with pytest.raises(ModelError, match=r"carries this test edit already; restore.*on_top=True"):
+            delta.apply(any_lm)
         for name in delta.names:
             assert torch.equal(any_lm.parameter(name), delta.after[name])
         delta.restore(any_lm)
@@ -80,6 +82,53 @@ def test_another_base_model_is_refused(tiny_lm):
         delta.restore(lm)
 
 
+def test_on_top_adds_the_difference_and_can_be_taken_back(tiny_lm):
+    lm = tiny_lm("llama")
+    start, name = lm.fingerprint(), lm.weight_name(0)
+    delta = make_delta(lm, layers=(0,))
+    delta.apply(lm)
+    once = lm.parameter(name).clone()
+    again = delta.apply(lm, on_top=True)
+    torch.testing.assert_close(lm.parameter(name).double(), once.double() + delta.update(name))
+    with pytest.raises(ModelError, match="restore the later edits first"):
+        delta.restore(lm)
+    again.restore(lm)
+    assert torch.equal(lm.parameter(name), once)
+    other = make_delta(lm, layers=(1,), seed=3)
+    other.apply(lm)  # another layer is edited too: the model's hash is not that of the base any more
+    delta.restore(lm)
+    with pytest.raises(ModelError, match="another base model"):
+        delta.apply(lm)
+    delta.apply(lm, on_top=True).restore(lm)
+    other.restore(lm)
+    assert lm.fingerprint() == start
+    with pytest.raises(ModelError, match="another base model"):
+        delta.apply(tiny_lm("llama", seed=1), on_top=True)
+
+
+def test_a_model_with_adapter_layers_is_not_merged(tiny_lm, tmp_path):
+    plain = tiny_lm("llama")
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(plain.model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lm = LM(adapted.base_model.model, plain.tokenizer)
+    delta = make_delta(lm)
+    with pytest.raises(ModelError, match=r"merge_and_unload\(\)"):
+        delta.merge(lm, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    merged = LM(adapted.merge_and_unload(), plain.tokenizer)
+    make_delta(merged).merge(merged, tmp_path / "out")
+
+
+def test_the_model_knows_whether_it_is_edited(tiny_lm):
+    lm = tiny_lm("gpt2")
+    delta = make_delta(lm)
+    assert lm.edited() == []
+    delta.apply(lm)
+    assert lm.edited() == delta.names
+    delta.restore(lm)
+    assert lm.edited() == []
+
+
 def _wider(lm):
     """The same model with a down projection of another shape."""
     weight = lm.weight(0)
@@ -122,7 +171,6 @@ def test_bfloat16_keeps_masters_and_reports_the_cast(tiny_lm):
     assert delta.before[name].dtype == torch.bfloat16 and delta.after[name].dtype == torch.float32
     delta.apply(lm)
     assert torch.equal(lm.parameter(name), delta.after[name].bfloat16())
-    delta.apply(lm)
     delta.restore(lm)
     assert lm.fingerprint() == start
     loss = cast_loss(delta.before[name], delta.after[name], torch.bfloat16)

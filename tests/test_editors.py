@@ -98,7 +98,8 @@ def test_contexts_are_sampled_from_the_model_and_saved(facts, tmp_path):
     assert len(editors[0].contexts.flat) == 3
     editors[0].edit(facts[:1])
     path = editors[0].save(tmp_path / "state")
-    fresh = make("memit", lm, contexts=None, n_contexts=2, context_length=4, seed=0)
+    moments = editors[0].statistics  # of the unedited model, as at the start of the stream
+    fresh = make("memit", lm, statistics=moments, contexts=None, n_contexts=2, context_length=4, seed=0)
     fresh.load(path)
     assert fresh.contexts == editors[0].contexts
 
@@ -443,7 +444,9 @@ def test_history_of_another_model_layer_set_or_editor_is_refused(facts, tmp_path
     with pytest.raises(ModelError, match="another model"):
         make("memit_seq", make_lm("gpt2", seed=1)).load(path)
     scaled = {k: 2 * C for k, C in statistics(lm).items()}
-    with pytest.raises(NumericsError, match="prior"):
+    with pytest.raises(NumericsError, match="prior"), pytest.warns(UserWarning, match="other second moments"):
+        make("memit_seq", lm, statistics=scaled, force=True).load(path)
+    with pytest.raises(ModelError, match="other second moments"):
         make("memit_seq", lm, statistics=scaled).load(path)
     assert torch.equal(lm.weight(0), make_lm("gpt2").weight(0))
 

@@ -18,7 +18,6 @@ from editkit.entanglement.plans import (
     DIRECTIONS,
     Memory,
     delta_shift,
-    first_tokens,
     memories,
     plan_edits,
     probe_representations,
@@ -26,6 +25,7 @@ from editkit.entanglement.plans import (
 from editkit.entanglement.ripple import MEASURES, SharedTargets, Watch, check_pairs, choose, measure, overview
 from editkit.linear.normal import alphaedit_update, memit_update, null_projector, rome_direction, rome_update
 from editkit.locate.keys import compute_keys, read_states
+from editkit.locate.patching import first_answer_ids
 from editkit.locate.sites import Site
 from editkit.methods import make_editor
 from editkit.models.facts import Fact
@@ -186,7 +186,7 @@ def test_gradient_points_where_the_probability_rises():
     lm = make_lm("llama")
     rows = [(f.prompt, f.subject) for f in EDITS]
     g = _Run(lm, rows, "last", 2, 1).gradient(EDITS, 0)
-    tokens = first_tokens(lm, [f.target for f in EDITS])
+    tokens = first_answer_ids(lm, [f.pair for f in EDITS]).tolist()
 
     def said(step):
         from editkit.models.hooks import pick, trace

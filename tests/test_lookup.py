@@ -98,10 +98,11 @@ def test_wordlevel_columns():
     assert LMS["wordlevel"].tokenizer.convert_ids_to_tokens(int(encoding.input_ids[0, 5])) == "Fischer"
 
 
-def test_last_token_is_before_an_appended_eos():
+def test_an_appended_eos_is_not_part_of_the_prompt():
     lm = LMS["eos"]
     encoding, at = find_positions(lm, [("{} is", "Li")], "last")
-    assert encoding.input_ids[0, -1] == 3 and at.tolist() == [encoding.input_ids.shape[1] - 2]
+    assert lm.tokenizer("Li is")["input_ids"][-1] == 3 and 3 not in encoding.input_ids[0]
+    assert at.tolist() == [encoding.input_ids.shape[1] - 1]
     with pytest.raises(RequestError, match="nothing follows"):
         find_positions(lm, [("The mother of {}", "Li")], "subject_first_after")
 

@@ -15,11 +15,14 @@ from editkit.methods import presets as package
 from editkit.methods.hypernet import METHODS, TrainConfig
 from editkit.methods.presets import Preset, Setting, find, find_for, presets, shape_of
 
-MODELS = ("GPT2-XL", "GPT-J-6B", "Llama-2-7B", "Llama-3-8B-Instruct", "Mistral-7B", "Qwen2.5-7B")
+MODELS = ("GPT2-XL", "GPT-J-6B", "Llama-2-7B", "Llama-3-8B-Instruct", "Mistral-7B", "Qwen2.5-7B", "SmolLM2-135M")
 # Methods of this book, or of papers that edit no language model: no published figure for any of these models.
 NO_FIGURES = {
     "regularized", "in_context", "retrieval", "loka", "packnet", "supsup", "gpm", "sparcl"
 }  # fmt: skip
+
+
+SWEEP = "this book's sweep, notebooks/real_presets.ipynb"
 
 
 def everywhere(kind):
@@ -64,7 +67,8 @@ def test_options_of_hypernetworks_are_accepted(name, method):
 def test_every_value_says_where_it_comes_from():
     for preset in presets().values():
         for row in preset.rows():
-            assert row["source"] and row["status"] in ("published", "inherited")
+            assert row["source"] and row["status"] in ("published", "inherited", "swept")
+            assert (row["source"] == SWEEP) == (row["status"] == "swept") or row["status"] == "inherited"
             if row["status"] == "inherited":
                 assert row["note"], f"{row}: say from where"
 

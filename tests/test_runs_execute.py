@@ -178,7 +178,7 @@ def test_a_kernel_that_does_not_start_is_tried_once_more(tmp_path, monkeypatch):
         calls.append(env["EDITKIT_RUN_DIR"])
         return {"status": NO_START, "message": "Kernel didn't respond in 60 seconds"}, 0
 
-    monkeypatch.setattr(execute, "_call_worker", no_kernel)
+    monkeypatch.setattr(execute, "call_worker", no_kernel)
     [outcome] = run_all(load(layout), layout)
     assert len(calls) == 2 and outcome.status == FAILED and "did not start, twice" in outcome.message
 

@@ -67,7 +67,8 @@ def test_what_was_read_is_in_the_key(done):
     assert {"notebooks/helper.py", "models/m/config.json", "models/m/model.safetensors"} <= key["files"].keys()
     assert {"editkit/methods/presets/*", "editkit/methods/presets/__init__.py"} <= key["files"].keys()
     assert "PyYAML" in key["packages"] and {"EK_ROOT", "EK_LEVEL"} <= key["environment"].keys()
-    assert not [name for name in key["files"] if "site-packages" in name or name.startswith(("/", "module:", ".editkit"))]
+    foreign = ("/", "module:", "path:", ".editkit")
+    assert not [name for name in key["files"] if "site-packages" in name or name.startswith(foreign)]
     assert changes(run, done) == [] and run_all([run], done)[0].status == CURRENT
 
 
@@ -143,7 +144,7 @@ def test_dirty_is_judged_by_what_was_read_and_never_turns_clean_by_itself(done):
         collect([run.spec], done)
     finally:
         path.write_text(before)
-    with pytest.raises(DataError, match="stale .*notebook changed"):
+    with pytest.raises(DataError, match=r"stale .*notebook changed"):
         collect([run.spec], done)
 
 
@@ -154,23 +155,23 @@ def test_code_edited_during_the_run_is_refused(tmp_path, monkeypatch, what):
     layout = make_project(tmp_path, good=body)
     (tmp_path / "notebooks" / "helper.py").write_text("x = 1\n")
     os.utime(tmp_path / "notebooks" / "helper.py", (1, 1))
-    real, path = execute._call_worker, layout.root / "notebooks" / "good.ipynb"
-    files = execute.package_files()
+    real, path = execute.call_worker, layout.root / "notebooks" / "good.ipynb"
+    files = inputs.package_files()
 
     def edit(*arguments):
         found = real(*arguments)
         if what == "package":
-            monkeypatch.setattr(execute, "package_files", lambda: {**files, "editkit/press/report.py": "edited"})
+            monkeypatch.setattr(inputs, "package_files", lambda: {**files, "editkit/press/report.py": "edited"})
         elif what == "helper":
             (tmp_path / "notebooks" / "helper.py").write_text("x = 2\n")
         else:
             write_notebook(path, "run.value('a', 2)")
         return found
 
-    monkeypatch.setattr(execute, "_call_worker", edit)
+    monkeypatch.setattr(execute, "call_worker", edit)
     [outcome] = run_all(load(layout), layout)
-    name = {"package": "editkit/press/report.py", "notebook": "notebooks/good.ipynb", "helper": "notebooks/helper.py"}[what]
-    assert outcome.status == FAILED and outcome.message == f"{name} edited during the run; run again"
+    names = {"package": "editkit/press/report.py", "notebook": "notebooks/good.ipynb", "helper": "notebooks/helper.py"}
+    assert outcome.status == FAILED and outcome.message == f"{names[what]} edited during the run; run again"
 
 
 def test_a_commit_during_the_run_is_not_credited(tmp_path, monkeypatch):
@@ -179,14 +180,14 @@ def test_a_commit_during_the_run_is_not_credited(tmp_path, monkeypatch):
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "studies")
     git(tmp_path, "commit", "-q", "-m", "without the notebook")
-    real = execute._call_worker
+    real = execute.call_worker
 
     def commit(*arguments):
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "-q", "-m", "with the notebook")
         return real(*arguments)
 
-    monkeypatch.setattr(execute, "_call_worker", commit)
+    monkeypatch.setattr(execute, "call_worker", commit)
     [run] = load(layout)
     assert run_all([run], layout)[0].status == OK
     state = read_sidecar(layout.run_dir(run.run_id))["git"]

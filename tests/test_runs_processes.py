@@ -34,7 +34,7 @@ else:
 
 @pytest.fixture
 def slow(tmp_path, monkeypatch):
-    """A study of a quick and a slow run, its process while the slow one executes, and the folder for temporary files."""
+    """A study of a quick and a slow run, what starts it and waits for the slow one, and the temporary folder."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "t"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     (tmp_path / "t").mkdir()
@@ -70,7 +70,7 @@ def test_a_killed_study_leaves_no_process_keeps_what_is_finished_and_resumes(slo
     assert not list((layout.scratch / "work").iterdir()), "checkpoints of a finished run are dropped"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system ends a kernel with its parent on Linux only")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels end with their parent on Linux only")
 def test_the_kernel_of_a_killed_worker_ends_and_its_folder_is_removed_by_the_next_run(slow):
     layout, begin, temporary = slow
     process, family = begin()
@@ -135,3 +135,20 @@ def test_relative_folders_mean_what_they_mean_where_the_command_is_given(tmp_pat
     assert run_all([run], layout)[0].status == OK
     value = finished(layout, run.run_id)[0]["values"]["cache"]["value"]
     assert Path(value) == tmp_path / "my-cache"
+
+
+@pytest.mark.parametrize(
+    ("run", "book", "status", "built"),
+    [(0, 0, 0, True), (1, 0, 2, True), (0, 1, 2, True), (2, 0, 2, False), (130, 0, 2, False)],
+)
+def test_make_book_builds_the_book_also_after_a_failed_run(tmp_path, run, book, status, built):
+    """Not after a study that cannot be read, nor after Ctrl-C; make itself turns every failure into 2."""
+    program = tmp_path / "bin" / "editkit"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$1" >> "{tmp_path}/calls"\ntest "$1" = run && exit {run}\nexit {book}\n')
+    program.chmod(0o755)
+    root = Path(__file__).resolve().parents[1]
+    call = ["make", "-s", "-C", str(root), "book", f"VENV={tmp_path}", "INSTALLED=/dev/null"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert (tmp_path / "calls").read_text().split() == (["run", "book"] if built else ["run"])

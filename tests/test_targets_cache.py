@@ -68,7 +68,7 @@ def test_every_ingredient_counts(tmp_path, facts, made):
     others = {
         "lr": 0.4, "steps": 3, "weight_decay": 0.4, "clamp_factor": 0.5, "kl_factor": 0.1, "loss_threshold": 0.01,
         "loss_layer": 1, "decay_form": "norm2_over_norm2", "kl_direction": "original_edited", "kl_prompt": "{} was",
-        "final_step": True, "tokens_per_batch": 64, "reuse_prefix": False,
+        "final_step": True, "tokens_per_batch": 64, "reuse_prefix": False, "products": "bfloat16",
     }  # fmt: skip
     assert set(others) == {f.name for f in dataclasses.fields(TargetConfig)}
     for name, value in others.items():

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from editkit.base.errors import ConfigError, RequestError
 from editkit.locate.patching import GROUPS, final_logits, first_answer_ids, position_groups, window_layers
 from editkit.locate.tracing import CausalTrace, causal_trace, critical_layers, subject_noise_scale
+from editkit.models.answers import split_tokens
 from editkit.models.facts import Fact
 from editkit.models.hooks import trace
 from editkit.models.lm import LM
@@ -170,19 +171,23 @@ def test_noise_scale_is_that_of_subject_embeddings():
 def test_first_answer_token(kind):
     lm = make_lm(tokenizer=kind)
     texts, answers = ["The mother tongue of Ana Silva is", "Li plays the"], ["French", "violin"]
-    for token, answer in zip(first_answer_ids(lm, texts, answers).tolist(), answers, strict=True):
+    for token, answer in zip(
+        first_answer_ids(lm, list(zip(texts, answers, strict=True))).tolist(), answers, strict=True
+    ):
         assert answer.startswith(lm.tokenizer.decode([token]).strip()[:1])
     result = causal_trace(lm, [Fact("{} plays the", "Li", "x", "violin")], samples=1, answer="true")
-    assert result.answers.tolist() == first_answer_ids(lm, ["Li plays the"], ["violin"]).tolist()
+    assert result.answers.tolist() == first_answer_ids(lm, [("Li plays the", "violin")]).tolist()
 
 
-def test_answer_that_merges_with_the_prompt_is_refused():
+def test_answer_that_merges_with_the_prompt_keeps_the_prompts_tokens():
     lm = make_lm()
     tok = Tokenizer(BPE())  # without pre-tokenizer, so that pieces cross word borders
-    tok.train_from_iterator(["ab cd"] * 5, BpeTrainer(special_tokens=["</s>"]))
+    tok.train_from_iterator(["ab cd", "\n"] * 5, BpeTrainer(special_tokens=["</s>"]))
     lm = LM(lm.model, PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>"))
-    with pytest.raises(RequestError, match="'ab' change when the answer 'cd'"):
-        first_answer_ids(lm, ["ab"], ["cd"])
+    assert len(lm.tokenizer("ab cd")["input_ids"]) == 1
+    ((ids, start),) = split_tokens(lm, [("ab", "cd")])
+    assert ids[:start] == lm.tokenizer("ab")["input_ids"] and lm.tokenizer.decode(ids[start:]) == " cd"
+    assert first_answer_ids(lm, [("ab", "cd")]).tolist() == ids[start : start + 1]
 
 
 def test_bad_input_is_refused(facts):
@@ -249,3 +254,46 @@ def test_trained_models_recall_through_the_subject(golden_dir, golden_lm, kind):
     result = causal_trace(golden_lm(kind), facts, samples=3, answer="true")
     assert (result.predicted == result.answers).all()
     assert result.clean.mean() > 0.9 and result.corrupt.mean() < 0.6
+
+
+@pytest.mark.parametrize("cut", ["mlp", "attn"])
+def test_severed_modules_keep_their_corrupted_outputs(any_lm, facts, cut):
+    """ROME figure 3, against whole passes written out: only the layers above, only at the restored token."""
+    lm = make_lm(any_lm.model.config.model_type, "wordlevel", n_layers=3)
+    fact, seed = facts[0], 5
+    result = causal_trace(lm, [fact], samples=1, seed=seed, sever=cut)
+    positions = position_groups(lm, [fact])
+    batch, groups = positions.encoding, positions.groups[0]
+    subject = [c for g in GROUPS[:3] for c in groups.get(g, [])]
+    noise = torch.zeros(1, batch.input_ids.shape[1], lm.d_model)
+    draws = np.random.default_rng([seed, 0]).standard_normal((1, len(subject), lm.d_model))
+    noise[0, subject] = torch.tensor(result.sigma * draws[0], dtype=torch.float32)
+    noisy = {lm.embed_name: lambda h: h + noise}
+    at = groups["subject_last"][0]
+    blocks = [lm.block_name(i) for i in range(lm.n_layers)]
+    held = [lm.mlp_name(i) if cut == "mlp" else lm.attn_name(i) for i in range(lm.n_layers)]
+
+    def only(value):
+        return lambda h: torch.where(torch.arange(h.shape[1])[None, :, None] == at, value, h)
+
+    _, clean = final_logits(lm, batch, positions.final, record=blocks)
+    _, corrupt = final_logits(lm, batch, positions.final, record=held, edit=noisy)
+    for layer in range(lm.n_layers):
+        edit = {**noisy, blocks[layer]: only(clean[blocks[layer]])}
+        edit |= {name: only(corrupt[name]) for name in held[layer + 1 :]}
+        logits, _ = final_logits(lm, batch, positions.final, edit=edit)
+        p = float(logits.double().softmax(-1)[0, result.answers[0]])
+        assert result.effect[0, G["subject_last"], layer] == pytest.approx(p - result.corrupt[0], abs=1e-6)
+    whole = causal_trace(lm, [fact], samples=1, seed=seed)
+    assert not np.allclose(whole.effect[0, G["subject_last"], 0], result.effect[0, G["subject_last"], 0], atol=1e-7)
+    with pytest.raises(ConfigError, match="kind = 'block'"):
+        causal_trace(lm, [fact], kind="mlp", sever="mlp")
+
+
+def test_window_attention_gives_the_same(facts):
+    """Where attention looks back over a window, passes run from the first token on; here the window is wide enough."""
+    lm = make_lm("mistral", "wordlevel")
+    wide = causal_trace(lm, facts, samples=2, window=2, kind="mlp")
+    lm.model.config.sliding_window = 20
+    near = causal_trace(lm, facts, samples=2, window=2, kind="mlp")
+    assert np.allclose(wide.effect, near.effect, atol=1e-6, equal_nan=True)

@@ -284,12 +284,13 @@ class Provenance(Base):
         if memory["accelerator"]:
             peak += f", GPU {memory['accelerator']:,.0f} MiB"
         parameters = ", ".join(f"{p['name']} = {json.dumps(p['value'])}" for p in sidecar["parameters"])
+        cpu = f", {sidecar['processor_seconds']:,.1f} processor seconds" if "processor_seconds" in sidecar else ""
         timings = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in sidecar["timings"].items())
         rows = [
             ("notebook", f"{sidecar['notebook']} (study {sidecar['study']})"),
             ("parameters", parameters or "none"),
             ("commit", self.commit(git)),
-            ("started, took", f"{sidecar['started']}, {sidecar['wall_seconds']:,.1f} s"),
+            ("started, took", f"{sidecar['started']}, {sidecar['wall_seconds']:,.1f} s{cpu}"),
             ("timers", timings),
             ("machine", f"{machine['processor']}, {machine['cores']} cores{gib}, {device}"),
             ("peak memory", peak),
@@ -399,7 +400,7 @@ def setup(app: Sphinx) -> dict:
         "provenance": Provenance, "run-results": RunResults, "run-list": RunList,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
-    for more in ("ledger", "apidoc", "theme", "beside", "companion_benchmarks", "companion_explorer", "house"):
+    for more in ("ledger", "apidoc", "theme", "beside", "companion_benchmarks", "companion_explorer", "house", "try_it"):
         app.setup_extension(more)
     app.connect("builder-inited", load_runs)
     app.connect("builder-inited", copy_mathjax)

@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock
 from torch import Tensor
 
+from .paths import to_folder
 from .sources import closure_hash
 from .stored import read_stored, write_stored
 
@@ -43,7 +44,7 @@ def made_key(content: Any, *makers: str) -> str:
 @contextmanager
 def locked(folder: str | os.PathLike, name: str) -> Iterator[Path]:
     """The folder, made if need be, held for one process: others that want the same name wait, then find its files."""
-    folder = Path(folder)
+    folder = to_folder(folder)
     (folder / "locks").mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "locks" / f"{name}.lock"):
         yield folder

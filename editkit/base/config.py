@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -145,6 +146,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not math.isfinite(value):
             raise ConfigError(f"{where} = {value!r}; give a finite number")
         return hint(value)
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if not isinstance(value, hint):
         raise ConfigError(f"{where} = {value!r}; expected {hint.__name__}")
     return value

@@ -7,6 +7,8 @@ import lzma
 import os
 from pathlib import Path
 
+from .paths import user_path
+
 DOWNLOADS_ENV = "EDITKIT_DOWNLOADS"
 
 
@@ -16,7 +18,7 @@ def download_dir(kind: str = "corpora") -> Path:
     kind: "corpora" (directly below EDITKIT_DOWNLOADS) or another word, a folder of its own.
     """
     if os.environ.get(DOWNLOADS_ENV):
-        given = Path(os.environ[DOWNLOADS_ENV])
+        given = user_path(os.environ[DOWNLOADS_ENV])
         return given if kind == "corpora" else given / kind
     import pooch
 

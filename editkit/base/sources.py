@@ -111,7 +111,7 @@ def _imports(path: Path) -> tuple[Path, ...]:
         if isinstance(node, ast.ImportFrom):
             base = here[: len(here) - node.level + 1] if node.level else ()
             base += tuple(node.module.split(".")) if node.module else ()
-            names += [base, *(base + (alias.name,) for alias in node.names)]
+            names += [base, *((*base, alias.name) for alias in node.names)]
         elif isinstance(node, ast.Import):
             names += [tuple(alias.name.split(".")) for alias in node.names]
     places = [

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import ConfigError, DataError
+from .paths import file_to_read, user_path, written
 
 
 def write_stored(
@@ -25,16 +26,10 @@ def write_stored(
 
     form: name and version of the format.   key: header entry that holds meta as JSON.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    try:
+    with written(path) as part:
         save_file(own, part, metadata={"format": form, key: json.dumps(meta, sort_keys=True)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)  # a full disk leaves no half file
-    return path
+    return user_path(path)
 
 
 def read_stored(
@@ -45,14 +40,14 @@ def read_stored(
     what, saver: words of the error, e.g. "an edit saved by editkit" and "Delta.save".
     Raises DataError naming the file if it cannot be read or is of another kind.
     """
+    noun = what.split(maxsplit=1)[1].removesuffix(" saved by editkit")
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(file_to_read(path, f"the {noun}")), framework="pt") as file:
             found = file.metadata() or {}
             if found.get("format") != form:
                 raise DataError(f"{path} is not {what}; save it with {saver}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        noun = what.split(maxsplit=1)[1].removesuffix(" saved by editkit")
         raise DataError(f"cannot read the {noun} {path}: {error}; delete it and make it again") from error
     return json.loads(found[key]), tensors
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError
-from ..models.facts import SLOT
+from ..base.paths import file_to_read, user_path
+from ..models.facts import SLOT, Fact, ambiguous
 
 log = logging.getLogger(__name__)
 
@@ -182,23 +183,26 @@ def read(
     form: str = "",
     limit: int | None = None,
     on_error: str = "raise",
+    one_object: bool = True,
 ) -> Corpus:
     """Read a JSON list (or .jsonl file) and parse every record.
 
     limit:    only the first `limit` records of the file, as the official scripts count.
     on_error: "raise" stops at the first malformed record, "skip" leaves it out and logs it.
+    one_object: a text has one object. Pairs of facts that break this (two cities of one name) are counted and logged,
+              and keep their row in `Fact.meta`, so that errors about them name it.
     Items with a `case_id` must have distinct ones. Raises DataError.
     """
     if on_error not in ("raise", "skip"):
         raise DataError(f"on_error={on_error!r}; use 'raise' or 'skip'")
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}; use a positive number of records, or None for all")
-    path = Path(path)
+    path = user_path(path)
     rows, sha256 = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path.name}: expected a JSON list of records, got {_kind(rows)}")
     notes: collections.Counter = collections.Counter()
-    items, skipped, seen = [], 0, {}
+    items, rows_of, skipped, seen = [], [], 0, {}
     for index, row in enumerate(rows[:limit]):
         try:
             before = notes.copy()
@@ -210,12 +214,21 @@ def read(
                 )
             seen[case_id] = index
             items.append(item)
+            rows_of.append(index)
         except DataError as error:
             if on_error == "raise":
                 raise
             notes = before
             skipped += 1
             log.warning("skipped %s", error)
+    if one_object and items and all(isinstance(item, Fact) for item in items):
+        pairs = ambiguous(items)
+        if pairs:
+            notes["pairs of facts with one text and two objects"] = len(pairs)
+            a, b = (f"record {rows_of[i]} ({items[i].case_id})" for i in pairs[0])
+            log.warning("%s: %r has two objects in %s and %s", path.name, items[pairs[0][0]].text, a, b)
+        for i in sorted({i for pair in pairs for i in pair}):  # so that an error about them can say where they stand
+            items[i] = items[i].replace(meta=(*items[i].meta, ("row", str(rows_of[i]))))
     for message, count in sorted(notes.items()):
         log.warning("%s: %d x %s", path.name, count, message)
     if skipped:
@@ -232,6 +245,7 @@ def read(
 def read_json(path: Path) -> tuple[Any, str]:
     """(parsed content, sha256 of the bytes) of a .json or .jsonl file, also one with .xz behind. Raises DataError."""
     try:
+        path = file_to_read(path)
         raw = path.read_bytes()
         if path.suffix == ".xz":
             path, raw = path.with_suffix(""), lzma.decompress(raw)

@@ -6,6 +6,7 @@ Counts marked "published" are quoted from papers and repositories; the others we
 
 from __future__ import annotations
 
+from . import real
 from .fetch import REGISTRY
 
 CARDS: dict[str, dict] = {
@@ -141,6 +142,34 @@ CARDS: dict[str, dict] = {
         ],
         "used_in": "ripple effects: what must change and what must stay",
     },
+    "real": {
+        "title": "Real facts",
+        "citation": "made by this project (tools/real_facts.py) from the packages below; it ships with editkit",
+        "files": [],
+        "sources": list(real.SOURCES.values()),
+        "records": {"stored facts": 8693, "facts that follow": 7068},
+        "schema": {
+            "relation": "capital, continent, currency, language of countries; country and state of cities; nationality "
+            "and profession of people; symbol and series of elements; kind of place; mythology",
+            "subject, object": "names; every relation is a function: one object per subject",
+            "source": "the group of packages the row comes from",
+        },
+        "defects": [
+            "992 candidates were left out when the table was made, mostly people without a full name or whose gloss "
+            "does not begin with a profession, and names of two large places (the header of the table counts them)",
+            "in 36 facts the language begins like the country (German, Germany): they are kept, because what follows "
+            "from a city's country needs them",
+            "496 people are British, English, Scottish or Welsh, as their gloss says; another source would say "
+            "otherwise, and a model's answer can be right and not count",
+            "professions are near synonyms (writer, author, novelist) and a person has several; only one counts",
+            "nearly half of the people are American and half of the places rivers: a model that always says so looks "
+            "well informed, so read recall beside the most frequent object",
+            "the worked example in each prompt pulls towards its own object",
+            "cities are the largest by the population of their administrative area; some are districts or suburbs",
+            "24 names stand for things of two types (Jordan, Mercury)",
+        ],
+        "used_in": "recall and edits of a pretrained model",
+    },
 }
 
 
@@ -148,14 +177,17 @@ def markdown(name: str) -> str:
     """The card of a corpus as Markdown. KeyError for an unknown name."""
     card = CARDS[name]
     sources = [REGISTRY[f] for f in card["files"]]
+    origins = [(s.home, s.licence, s.home) for s in sources] + card.get("sources", [])
     lines = [f"### {card['title']}", "", card["citation"], "", "| | |", "|---|---|"]
-    lines += [f"| Licence | {', '.join(dict.fromkeys(s.licence for s in sources))} |"]
-    lines += [f"| Source | {', '.join(dict.fromkeys(f'<{s.home}>' for s in sources))} |"]
+    lines += [f"| Licence | {', '.join(dict.fromkeys(licence for _, licence, _ in origins))} |"]
+    named = (f"<{home}>" if what == home else f"[{what}]({home})" for what, _, home in origins)
+    lines += [f"| Source | {', '.join(dict.fromkeys(named))} |"]
     lines += [f"| Records | {', '.join(f'{k}: {n:,}' for k, n in card['records'].items())} |"]
     lines += [f"| Used for | {card['used_in']} |", "", "| Field | Content |", "|---|---|"]
     lines += [f"| {field} | {text} |" for field, text in card["schema"].items()]
     lines += ["", "Known defects:", ""] + [f"- {text}" for text in card["defects"]]
-    lines += ["", "| File | Checked | sha256 |", "|---|---|---|"]
+    if sources:
+        lines += ["", "| File | Checked | sha256 |", "|---|---|---|"]
     for file, source in zip(card["files"], sources, strict=True):
         how = "by hash" if source.sha256 else "no known hash" if source.url else "bring your own"
         lines.append(f"| {file} | {how} | {source.sha256 or '-'} |")

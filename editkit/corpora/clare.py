@@ -38,7 +38,8 @@ def load(path: str | Path | None = None, *, limit: int | None = None, on_error: 
         fact = Fact(record.template("prompt"), record.text("subject"), record.text("target"))
         return fact.replace(case_id=fact.key)
 
-    corpus = read("clare", fetch("clare") if path is None else path, parse, limit=limit, on_error=on_error)
+    corpus = read("clare", fetch("clare") if path is None else path, parse, limit=limit, on_error=on_error,
+                  one_object=False)  # fmt: skip
     found = {what: n for what, n in oddities(corpus).items() if n}
     for what, n in found.items():
         log.info("%s: %d %s", corpus.provenance.file, n, what)

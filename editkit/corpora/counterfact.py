@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from ..base.errors import DataError
+from ..base.paths import user_path
 from ..models.facts import Fact, Probe
 from .base import Corpus, Record, read, read_json
 from .fetch import fetch
@@ -67,7 +68,7 @@ def load(
 
 def load_snippets(path: str | Path) -> dict[tuple[str, str], tuple[str, ...]]:
     """{(relation id, object id): reference texts} from attribute_snippets.json. Raises DataError."""
-    path = Path(path)
+    path = user_path(path)
     rows, _ = read_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path.name}: expected a JSON list of {{relation_id, target_id, samples}}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..base.downloads import download_dir, sha256_of
 from ..base.errors import DataError, UnavailableError
+from ..base.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def fetch(
     if source.packed:
         return _checked(name, source, PACKED / source.packed, "install editkit again")
     local = os.environ.get(DATA_ENV)
-    if local and (path := Path(local) / source.file).is_file():
+    if local and (path := user_path(local) / source.file).is_file():
         return _checked(name, source, path, f"replace it by the file from {source.url or source.home}")
     cached = download_dir() / source.file
     if cached.is_file() and (source.sha256 is None or sha256_of(cached) == source.sha256):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..base.errors import DataError
-from ..models.facts import Fact, Probe
+from ..models.facts import Fact, Probe, asked
 from .base import Corpus, Record, read
 from .fetch import fetch
 
@@ -81,13 +81,12 @@ def facts(cases: Iterable[MultiHop], *, on_conflict: str = "raise") -> list[Fact
     """
     if on_conflict not in ("raise", "first"):
         raise DataError(f"on_conflict={on_conflict!r}; use 'raise' or 'first'")
-    chosen: dict[tuple[str, str], Fact] = {}
+    chosen: dict[str, Fact] = {}
     dropped = 0
     for case in cases:
-        clash = [e for e in case.edits if (e.prompt, e.subject) in chosen
-                 and chosen[e.prompt, e.subject].target != e.target]  # fmt: skip
+        clash = [e for e in case.edits if asked(e) in chosen and chosen[asked(e)].target != e.target]
         if clash:
-            other = chosen[clash[0].prompt, clash[0].subject]
+            other = chosen[asked(clash[0])]
             if on_conflict == "raise":
                 raise DataError(
                     f"MQuAKE case {case.case_id}: {clash[0].text!r} -> {clash[0].target!r} conflicts with "
@@ -96,10 +95,10 @@ def facts(cases: Iterable[MultiHop], *, on_conflict: str = "raise") -> list[Fact
             dropped += 1
             continue
         for edit in case.edits:
-            chosen.setdefault((edit.prompt, edit.subject), edit)
+            chosen.setdefault(asked(edit), edit)
         last = case.edits[-1]
-        kept = chosen[last.prompt, last.subject]
-        chosen[last.prompt, last.subject] = kept.replace(consequences=kept.consequences + case.probes)
+        kept = chosen[asked(last)]
+        chosen[asked(last)] = kept.replace(consequences=kept.consequences + case.probes)
     if dropped:
         log.warning("MQuAKE: %d cases dropped, their edits conflict with earlier cases", dropped)
     return list(chosen.values())

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..base.errors import DataError
+from ..base.paths import user_path
 from ..models.facts import SLOT, Fact, Probe
 from .base import Corpus, Record, read, read_json
 from .fetch import fetch
@@ -93,7 +94,7 @@ def load(
         if subset not in ("recent", "random", "popular"):
             raise DataError(f"subset={subset!r}; RippleEdits has 'recent', 'random' and 'popular'")
         path = fetch(f"ripple_{subset}")
-    rows, _ = read_json(Path(path))
+    rows, _ = read_json(user_path(path))
     known = learn_templates(rows if isinstance(rows, list) else []) | dict(templates or {})
 
     def parse(record: Record) -> RippleEdit:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..base.errors import DataError
 from ..models.facts import Fact, Probe
+from ..models.joining import join
 from .base import Corpus, Record, read
 from .fetch import fetch
 
@@ -73,4 +74,4 @@ def irrelevant_texts(facts: Iterable[Fact]) -> list[str]:
 
     WISE and MEMOIR train and calibrate on such texts; take them from facts that are not edited or scored.
     """
-    return [f"{probe.prompt} {probe.answer}" for fact in facts for probe in fact.locality]
+    return [join(probe.prompt, probe.answer) for fact in facts for probe in fact.locality]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import ConfigError, DataError
+from ..base.paths import user_path, written
 from ..base.progress import bar
 from ..models.facts import Fact
 from .graph import EntanglementGraph, excluded_pairs, facts_hash, prompt_groups
@@ -69,9 +70,7 @@ def write_json(
             raise DataError(f"the score is of {len(pairs)} facts, {len(facts)} were given")
         pairs = all_pairs(pairs)
     keys = [f.key for f in facts]
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as out:
+    with written(path) as part, open(part, "w", encoding="utf-8") as out:
         out.write('{"triplets": ')
         json.dump([triplet(f) for f in facts], out, ensure_ascii=False)
         out.write(', "entanglement_metrics": {')
@@ -81,8 +80,7 @@ def write_json(
             comma = ", " if count else ""
             out.write(f'{comma}"{keys[i]}:{keys[j]}": {{"value": {{"{metric}": {json.dumps(value)}}}}}')
         out.write("}}\n")
-    os.replace(part, path)
-    return path
+    return user_path(path)
 
 
 class _Stream:
@@ -159,7 +157,7 @@ def read_json(
     file's "answer". Raises DataError: not the schema, a key that is not the md5 of its triplet, a pair of an
     unknown key, a missing metric.
     """
-    path = Path(path)
+    path = user_path(path)
     facts: list[Fact] = []
     number: dict[str, int] = {}
     keys: list[str] = []
@@ -254,7 +252,7 @@ def import_json(
     skip = excluded_pairs(n, groups)
     identity = {
         "score": metric, "symmetric": True, "absolute": False, "threshold": threshold, "top_k": top_k,
-        "block": n, "matrices": sha256_of(Path(path)), "facts": facts_hash(facts),
+        "block": n, "matrices": sha256_of(user_path(path)), "facts": facts_hash(facts),
         "excluded_pairs": len(skip) - n, "model": None, "fingerprint": None,
         "about": {"source": "CLaRE schema", **(about or {})},
     }  # fmt: skip

@@ -16,12 +16,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from ..base.errors import ConfigError, NumericsError
 from ..base.progress import bar
 from ..locate.contexts import ContextTemplates
-from ..locate.targets import encode_targets
+from ..locate.target_rows import encode_targets
+from ..models.answers import log_probs_of
 from ..models.facts import Fact
 from ..models.hooks import frozen, trace
 from ..models.lm import LM
@@ -100,17 +100,14 @@ def _gradients(lm: LM, facts: Sequence[Fact], names: Sequence[str]) -> Iterator[
             encoding, _, places = rows.take([i])
             with trace(lm.model, [last], stop_early=True) as seen:
                 lm.forward(encoding)
-            _, row, column, token = places.unbind(-1)
-            logits = lm.head(seen.output[last][row, column])
-            said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-            loss = -said.gather(-1, token[:, None].to(said.device)).sum()
+            loss = -log_probs_of(lm, seen.output[last], places[:, 1:]).sum()
             found = list(torch.autograd.grad(loss, params, allow_unused=True))
             parts = []
             for k, p in enumerate(params):  # flattening may copy: give each one back before the next
                 g, found[k] = found[k], None
                 parts.append((torch.zeros_like(p) if g is None else g).detach().reshape(-1).float())
                 del g
-            del found, loss, logits, said, seen
+            del found, loss, seen
             yield parts
             del parts
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import ConfigError, DataError, ModelError, NumericsError, RequestError
+from ..base.paths import user_path
 from ..base.progress import bar
 from ..locate.moments import text_hash
 from ..models.facts import Fact
@@ -111,7 +112,7 @@ def build_graph(
         "fingerprint": None if lm is None else lm.fingerprint(),
         "about": dict(about or {}),
     }  # fmt: skip
-    folder = Path(folder)
+    folder = user_path(folder)
     if (folder / HEADER).exists():
         return _reopen(folder, identity, n, dtype)
     writer = GraphWriter(folder, identity, n, dtype)
@@ -228,7 +229,7 @@ class EntanglementGraph:
 
         Raises DataError for a missing, unfinished or damaged graph, and what `check` raises.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         header = read_header(folder)
         graph = cls(folder, header, *open_arrays(folder, header))
         graph.check(lm, facts)

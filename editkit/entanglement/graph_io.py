@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..base.errors import DataError
+from ..base.paths import to_folder, user_path, written
 
 FORMAT = "editkit-entanglement-graph-1"
 HEADER, JOURNAL = "header.json", "journal.jsonl"
@@ -42,7 +43,7 @@ def sha256_of(path: Path) -> str:
 
 def read_header(folder: str | os.PathLike) -> dict[str, Any]:
     """The header of a finished graph. Raises DataError: no graph, an unfinished one, or a damaged header."""
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,10 +93,9 @@ class GraphWriter:
     def __init__(self, folder: str | os.PathLike, identity: dict[str, Any], n: int, dtype: str = "float32"):
         if dtype not in WEIGHT_TYPES:
             raise DataError(f"dtype = {dtype!r}; weights are stored as {' or '.join(WEIGHT_TYPES)}")
-        self.folder, self.n, self.dtype = Path(folder), n, dtype
+        self.folder, self.n, self.dtype = to_folder(folder), n, dtype
         self.identity = json.loads(json.dumps(identity))
         self.row = self.edges = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / HEADER).exists():
             raise DataError(f"{self.folder} has a finished graph; open it, or choose another folder")
         if (self.folder / JOURNAL).exists():
@@ -165,9 +165,8 @@ class GraphWriter:
             "format": FORMAT, "n": self.n, "edges": self.edges, "dtype": self.dtype, **self.identity,
             "sha256": hashes,
         }  # fmt: skip
-        part = self.folder / (HEADER + ".part")
-        part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.folder / HEADER)
+        with written(self.folder / HEADER) as part:
+            part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
         for name in (JOURNAL, COUNTS):
             (self.folder / name).unlink()
         return header

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ..base.config import check_known
 from ..base.errors import ConfigError, NumericsError
+from ..locate.patching import first_answer_ids
 from ..methods.delta import Delta
 from ..methods.weights.accumulate import AccumulateEditor
 from ..methods.weights.locate_then_edit import LocateEditor
 from ..methods.weights.rome import ROME
 from ..models.facts import Fact, validate_facts
 from ..models.hooks import frozen, pick, submodule, trace
+from ..models.joining import marked
 from ..models.lm import LM
 from ..models.lookup import find_positions
 from .representations import represent_many
@@ -279,32 +281,22 @@ class _Run:
             with trace(lm.model, [last], edit={lm.block_name(layer): add}) as seen:
                 lm.forward(encoding)
             logits = lm.head(pick(seen.output[last], final)).float()
-            tokens = torch.tensor(first_tokens(lm, [f.target for f in facts]), device=logits.device)
+            tokens = first_answer_ids(lm, [f.pair for f in facts]).to(logits.device)
             said = logits.log_softmax(-1).gather(-1, tokens[:, None]).sum()
             return torch.autograd.grad(said, delta)[0]
-
-
-def first_tokens(lm: LM, answers: Sequence[str]) -> list[int]:
-    """Id of the first token of each answer behind a prompt."""
-    # Behind a word, so that tokenizers which treat the start of a text specially cut the answer as they do later.
-    encoding = lm.encode([f"is {a.strip()}" for a in answers])
-    begin, end = encoding.offsets.unbind(-1)
-    inside = (end > 2) & (end > begin) & encoding.attention_mask.bool()
-    columns = inside.long().argmax(-1)
-    return encoding.input_ids[torch.arange(len(answers)), columns].tolist()
 
 
 def _readout(lm: LM, facts: Sequence[Fact]) -> Tensor:
     """Rows of the head, times the final norm's gain, of the new object minus those of the old one, (n, m)."""
     head, norm = submodule(lm.model, lm.spec.head).weight.detach(), submodule(lm.model, lm.spec.norm)
     W = head.float() * norm.weight.detach().float().to(head.device)
-    new = torch.tensor(first_tokens(lm, [f.target for f in facts]))
+    new = first_answer_ids(lm, [f.pair for f in facts]).cpu()
     if any(f.target_true is None for f in facts):
         encoding, final = find_positions(lm, [(f.prompt, f.subject) for f in facts], "last")
         with torch.no_grad():
             old = pick(lm.logits(encoding), final).argmax(-1)
     else:
-        old = torch.tensor(first_tokens(lm, [f.target_true for f in facts]))
+        old = first_answer_ids(lm, [(f.text, marked(f.target_true, f.space)) for f in facts]).cpu()
     toward = W[new] - W[old.to(new.device)]
     same = toward.norm(dim=-1) == 0
     toward[same] = W[new[same]]  # both objects begin with one token: all that is known is the new one

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..base.config import check_known
 from ..base.errors import ConfigError, DataError, NumericsError, RequestError
+from ..base.paths import to_folder, written
 from ..base.progress import bar
 from ..locate.keys import TOKENS_PER_BATCH, as_pairs
 from ..locate.moments import tokenizer_hash
@@ -42,7 +43,7 @@ def check_facts(facts: Iterable[Fact | tuple[str, str]]) -> list[Fact | tuple[st
 
     Raises RequestError for an empty list, a missing slot, subject or target, or a fact given twice.
     """
-    facts = list(facts)
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
     if not facts:
         raise RequestError("no facts: the list is empty")
     seen: dict[tuple, int] = {}
@@ -73,7 +74,7 @@ def _prompts(facts: Sequence[Fact | tuple[str, str]], token: str, with_answer: b
     without = [i for i, f in enumerate(facts) if not isinstance(f, Fact)]
     if without:
         raise RequestError(f"fact {without[0]} has no answer: with_answer needs editkit.Fact objects")
-    return [(f"{f.prompt} {f.target.strip()}", f.subject) for f in facts]
+    return [(f.located[0] + f.target_text, f.located[1]) for f in facts]
 
 
 def _module(lm: LM, layer: int, module: str) -> tuple[str, bool]:
@@ -165,7 +166,7 @@ def represent_many(
     if folder is not None:
         options = {"sites": sites, "token": token, "with_answer": with_answer,
                    "tokens_per_batch": tokens_per_batch, "facts_per_block": facts_per_block}  # fmt: skip
-        store = _Store(Path(folder), lm, prompts, options)
+        store = _Store(folder, lm, prompts, options)
     starts = range(0, len(prompts), facts_per_block)
     parts: dict[tuple[int, str], list[Tensor]] = {site: [] for site in sites}
     for start in bar(starts, f"representations of {len(prompts)} facts", unit="block"):
@@ -208,11 +209,10 @@ def represent(
 class _Store:
     """Finished blocks of a run in a folder; each file carries what its content depends on."""
 
-    def __init__(self, folder: Path, lm: LM, prompts: Sequence[tuple[str, str]], options: dict):
+    def __init__(self, folder: str | os.PathLike, lm: LM, prompts: Sequence[tuple[str, str]], options: dict):
         digest = hashlib.sha256(json.dumps([prompts, options], ensure_ascii=False).encode())
         digest.update(lm.fingerprint().encode() + tokenizer_hash(lm).encode())
-        self.key, self.folder = digest.hexdigest(), folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.key, self.folder = digest.hexdigest(), to_folder(folder)
 
     def _path(self, start: int) -> Path:
         return self.folder / f"block_{start:09d}.safetensors"
@@ -234,14 +234,12 @@ class _Store:
             raise DataError(f"cannot read {path}: {error}; delete the file to compute it again") from error
 
     def put(self, start: int, block: dict[tuple[int, str], Tensor]) -> None:
-        path = self._path(start)
-        part = path.with_suffix(".part")
-        save_file(
-            {_name(site): value.contiguous() for site, value in block.items()},
-            part,
-            metadata={"format": _FORMAT, "key": self.key},
-        )
-        os.replace(part, path)
+        with written(self._path(start)) as part:
+            save_file(
+                {_name(site): value.contiguous() for site, value in block.items()},
+                part,
+                metadata={"format": _FORMAT, "key": self.key},
+            )
 
 
 def _name(site: tuple[int, str]) -> str:

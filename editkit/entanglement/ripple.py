@@ -21,7 +21,8 @@ from torch.nn.functional import log_softmax
 from ..base.errors import ConfigError, RequestError
 from ..base.progress import bar
 from ..locate.contexts import ContextTemplates
-from ..locate.targets import TargetResult, encode_targets, optimize_targets
+from ..locate.target_rows import encode_targets
+from ..locate.targets import TargetResult, optimize_targets
 from ..methods import Editor
 from ..methods.delta import Delta
 from ..methods.weights.locate_then_edit import LocateEditor

@@ -11,6 +11,7 @@ NaN/Inf, wrong shapes and singular systems.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from editkit.base.errors import NumericsError
 from editkit.linear.system import Factor, as_float64, as_gram, as_nonnegative, factorize
+
+FEW = 0.005  # share of directions below which a null space counts as empty, and its complement too
 
 
 class Projector(NamedTuple):
@@ -35,7 +38,8 @@ class Projector(NamedTuple):
 def null_projector(C0, threshold: float) -> Projector:
     """Projector on the eigenvectors of C0 (d, d) with eigenvalue strictly below `threshold` (AlphaEdit).
 
-    The threshold is absolute, so the rank depends on the scale of the activations: log it.
+    The threshold is absolute, so the rank depends on the scale of the activations: a warning gives the spectrum where
+    (next to) everything or (next to) nothing is left.
 
     Raises NumericsError: C0 not positive semi-definite, or no eigenvalue below the threshold.
     """
@@ -47,8 +51,22 @@ def null_projector(C0, threshold: float) -> Projector:
     U = vectors[:, values < threshold]
     if U.shape[1] == 0:
         raise NumericsError(f"no eigenvalue of C0 is below {threshold:g} (smallest {float(values[0]):.3g}); "
-                            "raise the null-space threshold")
+                            f"raise the null-space threshold: {_spectrum(values)}")
+    share = U.shape[1] / len(values)
+    if share > 1 - FEW or share < FEW:
+        what = "all of them, so that nothing is protected" if share == 1 else f"{share:.1%} of them"
+        warnings.warn(f"the null space of C0 at threshold {threshold:g} has {U.shape[1]} of {len(values)} directions, "
+                      f"{what}; {_spectrum(values)}", stacklevel=2)
     return Projector(U @ U.T, U)
+
+
+def _spectrum(values: Tensor) -> str:
+    """Eigenvalues in ascending order as a sentence, with the thresholds that keep 1, 5 and 10 % of the directions."""
+    d = len(values)
+    kept = ", ".join(f"{float(values[min(d - 1, max(1, round(q * d)))]):.3g} for {q:.0%}" for q in (0.01, 0.05, 0.1))
+    least, middle, most = (float(values[i]) for i in (0, d // 2, d - 1))
+    return (f"its eigenvalues go from {least:.3g} over {middle:.3g} (median) to {most:.3g}; a threshold that keeps few "
+            f"directions would be {kept}")
 
 
 def as_projector(P, d: int) -> Projector:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from ..base.errors import ConfigError
-from ..models.facts import SLOT
+from ..models.facts import SLOT, as_texts
 from ..models.lm import LM
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -129,6 +129,7 @@ def sample_contexts(
     if n == 0:
         return ContextTemplates()
     generator = torch.Generator().manual_seed(seed)
+    starts = as_texts(starts, "starts")
     prompts = [starts[i % len(starts)] for i in range(n)]
     texts = generate(lm, prompts, length, generator, top_k)
     clean = (" ".join(text.replace("{", " ").replace("}", " ").split()) for text in texts)

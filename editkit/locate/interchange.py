@@ -18,9 +18,11 @@ from ..base.errors import ConfigError, RequestError
 from ..base.progress import bar
 from ..models.batching import by_length
 from ..models.facts import Fact
+from ..models.hooks import pick
 from ..models.lm import LM
 from .keys import TOKENS_PER_BATCH
 from .patching import GROUPS, Kind, Positions, chunks, final_logits, module_names, position_groups, put
+from .replay import Replay
 from .sites import Site
 
 PATCHED = (*GROUPS, "subject")
@@ -135,7 +137,7 @@ def interchange(
     lengths = torch.maximum(sources.encoding.lengths, bases.encoding.lengths).tolist()
     for rows in bar(by_length(lengths, tokens_per_batch), f"interchange of {len(pairs)} pairs", unit="batch"):
         answers[:, rows], flips[rows] = _interchange_batch(
-            lm, sources, bases, rows, names, groups, tokens_per_batch
+            lm, sources, bases, rows, dict(zip(layers, names, strict=True)), kind, groups, tokens_per_batch
         )
     return Interchange(flips, answers[0], answers[1], layers, kind, groups)
 
@@ -151,7 +153,8 @@ def _interchange_batch(
     sources: Positions,
     bases: Positions,
     rows: list[int],
-    names: Sequence[str],
+    names: dict[int, str],
+    kind: Kind,
     groups: Sequence[str],
     tokens_per_batch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -159,10 +162,16 @@ def _interchange_batch(
     source_batch, base_batch = sources.encoding.take(rows)[0], bases.encoding.take(rows)[0]
     index = torch.tensor(rows)
     source_final, base_final = (p.final[index.to(p.final.device)] for p in (sources, bases))
-    source_logits, states = final_logits(lm, source_batch, source_final, record=names)
-    base_logits, _ = final_logits(lm, base_batch, base_final)
-    wanted, other = source_logits.argmax(-1), base_logits.argmax(-1)
-    tokens = base_batch.input_ids.shape[1]
+    source_logits, states = final_logits(lm, source_batch, source_final, record=list(names.values()))
+    # Nothing changes before the base's subject, nor below the patched layer: passes run from there on.
+    first = torch.tensor([_columns(bases, i, "subject")[0] for i in rows], device=base_final.device)
+    first = first if Replay.possible(lm, base_batch) else torch.zeros_like(first)
+    top = lm.block_name(lm.n_layers - 1)
+    replays, kept = Replay.several(
+        lm, base_batch, first, list(names), stop_at=top, after=kind == "block", record=[top]
+    )
+    wanted, other = source_logits.argmax(-1), lm.head(pick(kept[top], base_final - first)).argmax(-1)
+    tokens = kept[top].shape[1]
     sites, masks, origins = [], [], []  # one site per usable (pair, group)
     for k, i in enumerate(rows):
         if wanted[k] == other[k]:
@@ -172,6 +181,7 @@ def _interchange_batch(
             if not to or len(to) != len(of):
                 continue
             mask, origin = torch.zeros(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.long)
+            to = [c - int(first[k]) for c in to]
             mask[to] = True
             origin[to] = torch.tensor(of)
             sites.append((k, g))
@@ -184,10 +194,10 @@ def _interchange_batch(
         mask, origin = torch.stack(masks), torch.stack(origins)
         for part in chunks(len(sites), tokens, tokens_per_batch):
             rows_here = pair[part]
-            batch = base_batch.select(rows_here)
-            final = base_final[rows_here.to(base_final.device)]
+            final = (base_final - first)[rows_here.to(base_final.device)]
             answer = wanted[rows_here.to(wanted.device)]
-            for j, name in enumerate(names):
+            for j, (layer, name) in enumerate(names.items()):
+                batch = replays[layer].take(rows_here.tolist())
                 values = states[name][rows_here.to(states[name].device)]
                 logits, _ = final_logits(lm, batch, final, edit={name: put(values, mask[part], origin[part])})
                 hit = (logits.argmax(-1) == answer).cpu().numpy()

@@ -34,9 +34,16 @@ class States:
     output: dict[str, Tensor]
 
 
-def as_pairs(prompts: Iterable[Prompt]) -> list[tuple[str, str]]:
-    """(template, subject) of facts; pairs pass through."""
-    return [(p.prompt, p.subject) if isinstance(p, Fact) else p for p in prompts]
+def as_pairs(prompts: Fact | Iterable[Prompt]) -> list[tuple[str, str]]:
+    """(template, subject) of one fact or several; pairs pass through. Raises RequestError for anything else."""
+    if isinstance(prompts, Fact):
+        return [prompts.located]
+    prompts = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    for i, p in enumerate(prompts):
+        pair = isinstance(p, (tuple, list)) and len(p) == 2 and all(isinstance(x, str) for x in p)
+        if not isinstance(p, Fact) and not pair:
+            raise RequestError(f"prompt {i}: expected editkit.Fact or a (template, subject) pair, got {p!r}")
+    return [p.located if isinstance(p, Fact) else tuple(p) for p in prompts]
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,16 +21,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base.cached import found_or_made
+from ..base.cached import content_key, found_or_made
 from ..base.errors import ConfigError, DataError, NumericsError
+from ..base.paths import file_to_read, user_path, written
 from ..base.progress import bar
 from ..models.batching import by_length
+from ..models.facts import as_texts
 from ..models.hooks import trace
 from ..models.lm import LM
 
 _CHUNK = 2048  # texts tokenized at once
 _STRIP = 128  # rows of a product that are computed at a time, at least
 _FORMAT = "editkit-second-moment-1"
+_NAMES = ("model", "rest")  # parts of a provenance that follow from others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,29 +77,51 @@ class Covariance:
         C = torch.as_tensor(np.asarray(array) if not isinstance(array, Tensor) else array)
         return cls(C.detach().to(torch.float64, copy=True), int(n), dict(provenance or {}))
 
+    def differences(self, lm: LM, layer: int) -> list[str]:
+        """Why this is not the second moment of a layer of `lm`, as far as its provenance says; empty if it may be.
+
+        A model whose down projections have been edited since counts as the same: C0 is that of the unedited model.
+        """
+        about, found = self.provenance, []
+        if about.get("layer", layer) != layer:
+            found.append(f"it is that of layer {about['layer']}")
+        elif about.get("module", lm.down_name(layer)) != lm.down_name(layer):
+            found.append(f"it was read at {about['module']}")
+        if "fingerprint" in about and about["fingerprint"] != lm.fingerprint():
+            same_rest = about.get("rest") == _rest(lm) if "rest" in about else bool(lm.edited())
+            if not same_rest:
+                found.append(
+                    f"it was computed on {about.get('model') or 'a model'} with weights "
+                    f"{about['fingerprint'][:12]}, these are {lm.fingerprint()[:12]}"
+                )
+        if about.get("tokenizer", tokenizer_hash(lm)) != tokenizer_hash(lm):
+            found.append("its texts were cut by another tokenizer")
+        return found
+
+    @property
+    def identity(self) -> str:
+        """Hash of what it was measured on (model, layer, tokenizer, texts, n), or of its values if it does not say."""
+        if "fingerprint" in self.provenance:
+            keys = ("fingerprint", "layer", "tokenizer", "texts", "max_length")
+            return content_key([self.n, *(self.provenance.get(k) for k in keys)])
+        return hashlib.sha256(self.C.cpu().contiguous().numpy().tobytes()).hexdigest()[:32]
+
     def save(self, path: str | os.PathLike) -> Path:
         """Write as safetensors (tensor "C", float64; n and provenance as metadata), whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": _FORMAT,
             "n": str(self.n),
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
+        with written(path) as part:
             save_file({"C": self.C.cpu().contiguous()}, part, metadata=meta)
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-        return path
+        return user_path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Covariance:
         """Read what `save` wrote; raises DataError naming the file otherwise."""
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safe_open(str(file_to_read(path, "the second moment")), framework="pt") as file:
                 meta = file.metadata() or {}
                 if meta.get("format") != _FORMAT:
                     raise DataError(f"{path} is not a second moment saved by editkit; recompute it")
@@ -129,12 +153,18 @@ def tokenizer_hash(lm: LM) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _rest(lm: LM) -> str:
+    """Hash of the model without what editors change as a rule, so that edits do not make it another one."""
+    return lm.fingerprint(exclude=[lm.weight_name(layer) for layer in range(lm.n_layers)])
+
+
 def _provenance(
     lm: LM, texts: Sequence[str], tokens_per_batch: int, max_length: int | None, dtype: torch.dtype
 ) -> dict:
     return {
         "model": lm.name,
         "fingerprint": lm.fingerprint(),
+        "rest": _rest(lm),
         "tokenizer": tokenizer_hash(lm),
         "texts": text_hash(texts),
         "n_texts": len(texts),
@@ -168,7 +198,7 @@ def second_moment(
     Raises ModelError for an unknown layer, DataError without texts, NumericsError for NaN or Inf.
     """
     layers = sorted({lm.check_layer(layer) for layer in layers})
-    texts = list(texts)
+    texts = as_texts(texts)
     if not layers:
         raise ConfigError("second_moment: no layers given")
     if not texts:
@@ -192,7 +222,7 @@ def second_moment(
     if cache_dir is None:
         return compute(layers)
     # Runs that start together often need the same layers: one computes, the others wait and read.
-    content = {k: v for k, v in provenance.items() if k != "model"}
+    content = {k: v for k, v in provenance.items() if k not in _NAMES}
     names = {f"layer{layer}": layer for layer in layers}
 
     def make(missing: list[str]) -> dict[str, dict[str, Tensor]]:

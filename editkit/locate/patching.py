@@ -14,12 +14,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..base.errors import ConfigError, RequestError
+from ..base.errors import ConfigError
+from ..models.answers import Pair, split_tokens
 from ..models.batching import Encoding
 from ..models.hooks import EditFn, pick, trace
 from ..models.lm import LM
 from ..models.lookup import find_positions, find_spans
 from .keys import Prompt, as_pairs
+from .replay import Replay, run
 
 Kind = Literal["block", "mlp", "attn"]
 GROUPS = ("subject_first", "subject_middle", "subject_last", "after", "last")
@@ -74,7 +76,7 @@ def window_layers(layer: int, window: int, n_layers: int) -> range:
 @torch.no_grad()
 def final_logits(
     lm: LM,
-    batch: Encoding,
+    batch: Encoding | Replay,
     final: Tensor,
     *,
     record: Sequence[str] = (),
@@ -86,7 +88,7 @@ def final_logits(
     """
     top = lm.block_name(lm.n_layers - 1)
     with trace(lm.model, [*record, top], edit=edit, stop_early=True) as seen:
-        lm.forward(batch)
+        run(lm, batch)
     return lm.head(pick(seen.output[top], final)), {name: seen.output[name] for name in record}
 
 
@@ -107,23 +109,9 @@ def put(values: Tensor, mask: Tensor, source: Tensor | None = None) -> EditFn:
     return edit
 
 
-def first_answer_ids(lm: LM, texts: Sequence[str], answers: Sequence[str]) -> Tensor:
-    """First token of each answer as it follows its prompt, (n,).
-
-    Raises RequestError if prompt and answer share a token.
-    """
-    prompts, final = find_positions(lm, [("{}", text) for text in texts], "last")
-    joined = [f"{text} {answer.strip()}" for text, answer in zip(texts, answers, strict=True)]
-    full = lm.encode(joined)
-    ids = []
-    for i, (text, end) in enumerate(zip(texts, final.tolist(), strict=True)):
-        if full.input_ids[i, : end + 1].tolist() != prompts.input_ids[i, : end + 1].tolist():
-            raise RequestError(
-                f"the tokens of the prompt {text!r} change when the answer {answers[i]!r} follows; "
-                "end the prompt at a word boundary, without trailing space"
-            )
-        ids.append(int(full.input_ids[i, end + 1]))
-    return torch.tensor(ids, device=full.input_ids.device)
+def first_answer_ids(lm: LM, pairs: Sequence[Pair]) -> Tensor:
+    """First token of each answer as it follows its prompt, (n,). Raises RequestError as `split_tokens` does."""
+    return torch.tensor([ids[start] for ids, start in split_tokens(lm, pairs)], device=lm.device())
 
 
 def chunks(rows: int, tokens: int, tokens_per_batch: int) -> list[slice]:

@@ -23,16 +23,20 @@ from torch.nn.functional import log_softmax
 
 from ..base.cached import found_or_made
 from ..base.config import Config, option
-from ..base.errors import NumericsError, RequestError
+from ..base.errors import NumericsError
 from ..base.progress import bar
+from ..models.answers import log_probs_of, logits_of
 from ..models.batching import Encoding, by_length
-from ..models.facts import Fact, validate_fact
+from ..models.facts import Fact, as_facts
 from ..models.hooks import frozen, trace
 from ..models.lm import LM
-from ..models.lookup import Where, check_where, find_spans
+from ..models.lookup import Where, check_where
+from ..models.products import products
 from .contexts import ContextTemplates
+from .keys import read_states
 from .moments import tokenizer_hash
-from .replay import Replay
+from .replay import Replay, run
+from .target_rows import TargetRows, encode_targets
 
 LOSSES = ("total", "nll", "kl", "decay")
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults
@@ -74,6 +78,9 @@ class TargetConfig(Config):
     reuse_prefix: bool = option(
         True, "compute what lies below the edited block or before the edited token once, not at every step"
     )
+    products: Literal["model", "bfloat16"] = option(
+        "model", "'bfloat16': round the factors of the blocks' products, where a processor is faster at it"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,107 +99,6 @@ class TargetResult:
     def iterations(self) -> Tensor:
         """Number of evaluated iterations of each fact, (n,)."""
         return torch.isfinite(self.losses[..., 0]).sum(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetRows:
-    """Encoded rows of all facts, fact-major: per fact one row per context (prompt and target), then the KL
-    row if any.
-
-    positions: (n, rows) lookup column of each row.   lengths: (n,) longest row.
-    places:    per fact a LongTensor (t, 3) of target tokens: row inside the fact, column that predicts,
-               token.
-    """
-
-    encoding: Encoding
-    positions: Tensor
-    lengths: list[int]
-    places: list[Tensor]
-
-    @property
-    def per_fact(self) -> int:
-        return self.positions.shape[1]
-
-    def take(self, facts: Sequence[int]) -> tuple[Encoding, Tensor, Tensor]:
-        """Encoding, lookup columns (flat), target tokens (t, 4: fact, row, column, token) of some facts."""
-        R = self.per_fact
-        encoding, left = self.encoding.take([f * R + r for f in facts for r in range(R)])
-        places = [
-            torch.cat([torch.full_like(self.places[f][:, :1], i), self.places[f]], dim=1)
-            for i, f in enumerate(facts)
-        ]
-        places = torch.cat(places)
-        places[:, 1] += places[:, 0] * R
-        places[:, 2] -= left
-        return encoding, self.positions[list(facts)].reshape(-1) - left, places
-
-
-def encode_targets(
-    lm: LM,
-    facts: Sequence[Fact],
-    contexts: ContextTemplates,
-    token: Where = "subject_last",
-    kl_prompt: str | None = None,
-) -> TargetRows:
-    """Tokenize prompt and target as one text; by character offsets a token is the target's if it ends behind
-    the prompt. The last target token is predicted but never read, so it is masked like padding.
-
-    With `kl_prompt` each fact gets one more row, without a target. Raises RequestError naming prompt and
-    subject.
-    """
-    pairs, cuts = [], []
-    for fact in facts:
-        for filled in contexts.fill(fact.prompt):
-            pairs.append((f"{filled} {fact.target.strip()}", fact.subject))
-            # Characters of the filled prompt; the slot itself has two.
-            cuts.append(len(filled) - 2 + len(fact.subject))
-        if kl_prompt is not None:
-            pairs.append((kl_prompt, fact.subject))
-            cuts.append(-1)
-    encoding, first, last = find_spans(lm, pairs)
-    begin, end = encoding.offsets.unbind(-1)
-    cut = torch.tensor(cuts, device=end.device)[:, None]
-    text = (end > begin) & encoding.attention_mask.bool()
-    target = text & (end > cut) & (cut >= 0)
-    columns = torch.arange(text.shape[1], device=text.device)
-    prompt_last = torch.where(text & ~target, columns, -1).amax(-1)
-    where = {
-        "subject_last": last, "subject_first": first, "subject_first_after": last + 1, "last": prompt_last,
-    }[token]  # fmt: skip
-    per_fact = len(contexts.flat) + (kl_prompt is not None)
-    if token in ("last", "subject_first_after"):
-        # Such a token carries the relation of its own prompt; drift of the subject is measured at the
-        # subject.
-        kl_row = (cut < 0)[:, 0]
-        where = torch.where(kl_row, last, where)
-    bad = where > prompt_last
-    if bad.any():
-        template, subject = pairs[int(bad.nonzero()[0])]
-        raise RequestError(
-            f"nothing follows the subject {subject!r} in the prompt {template!r} before its target; "
-            "use the lookup token 'subject_last', or a template with text after its slot"
-        )
-    found: list[list[int]] = [[] for _ in pairs]
-    for row, column in target.nonzero().tolist():
-        found[row].append(column)
-    ids = encoding.input_ids.tolist()
-    places: list[list[list[int]]] = [[] for _ in facts]
-    stop = encoding.lengths.tolist()
-    for i, cols in enumerate(found):
-        fact, row = divmod(i, per_fact)
-        if cuts[i] < 0:
-            continue
-        if not cols or cols[0] == 0:
-            raise RequestError(
-                f"the tokenizer of {lm.name} gives no token to the target {facts[fact].target!r} behind "
-                f"{facts[fact].text!r}; write the target differently"
-            )
-        places[fact] += [[row, c - 1, ids[i][c]] for c in cols]
-        stop[i] = cols[-1]
-    encoding["attention_mask"] = (columns < torch.tensor(stop, device=columns.device)[:, None]).long()
-    lengths = encoding.attention_mask.sum(-1).reshape(len(facts), per_fact).amax(-1).tolist()
-    positions = where.reshape(len(facts), per_fact)
-    return TargetRows(encoding, positions, lengths, [torch.tensor(p, device=last.device) for p in places])
 
 
 def _evaluate(
@@ -214,15 +120,10 @@ def _evaluate(
         return out.index_put((rows, columns.to(out.device)), old + added.to(out))
 
     with trace(lm.model, {read, end}, edit={edited: add}, stop_at=end) as seen:
-        inputs.forward(lm) if isinstance(inputs, Replay) else lm.forward(inputs)
+        run(lm, inputs)
 
-    def log_probs(states: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        logits = lm.head(states[rows.to(states.device), cols.to(states.device)])
-        return log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-
-    fact, row, column, token = places.unbind(-1)
-    said = log_probs(seen.output[read], row, column)
-    said = said.gather(-1, token.to(said.device)[:, None])[:, 0].to(delta.device)
+    fact, row = places[:, 0], places[:, 1]
+    said = log_probs_of(lm, seen.output[read], places[:, 1:]).to(delta.device)
     # Mean over a row's target tokens, then over the contexts; every row of a fact has the same target, but a
     # tokenizer may cut it differently behind different texts.
     per_row = torch.zeros(n * n_rows, dtype=delta.dtype, device=delta.device).index_add(
@@ -234,7 +135,8 @@ def _evaluate(
 
     if cfg.kl_factor:
         kl_rows = torch.arange(n_rows - 1, n * n_rows, n_rows, device=columns.device)
-        now = log_probs(seen.output[end], kl_rows, columns[kl_rows])
+        states = seen.output[end]
+        now = log_softmax(logits_of(lm, states[kl_rows.to(states.device), columns[kl_rows].to(states.device)]), -1)
         then = start.setdefault("kl", now.detach())
         p, q = (now, then) if cfg.kl_direction == "edited_original" else (then, now)
         kl = cfg.kl_factor * (p.exp() * (p - q)).sum(-1).to(device=delta.device, dtype=delta.dtype)
@@ -262,9 +164,10 @@ def _optimize(
     names: tuple[str, str, str],
     layer: int,
     cfg: TargetConfig,
+    start: dict[str, Tensor],
     label,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """delta (b, m), h (b, m) and losses (b, steps, 4) of one batch of facts."""
+    """delta (b, m), h (b, m) and losses (b, steps, 4) of one batch of facts. start: their h, if it is known."""
     device = rows.positions.device
     dtype = torch.promote_types(lm.dtype, torch.float32)
     n, R = len(facts), rows.per_fact
@@ -272,12 +175,11 @@ def _optimize(
     mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
     losses = torch.full((n, cfg.steps, len(LOSSES)), torch.nan, dtype=torch.float64)
     active = torch.arange(n)  # facts still being optimised; the others keep their delta and leave the batch
-    start: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
     batch = encoding, columns, _ = rows.take(facts)
     replay = None
     if cfg.reuse_prefix and Replay.possible(lm, encoding):
-        replay = Replay.of(lm, encoding, columns, layer, names[2])
+        replay = Replay.of(lm, encoding, columns, layer, names[2], after=names[0] == lm.block_name(layer))
         batch = _suffixes(replay, batch)
     for step in range(cfg.steps):
         here = delta[active].requires_grad_(True)
@@ -346,19 +248,15 @@ def optimize_targets(
 
     Raises RequestError (subject, slot, target), ModelError (layer), NumericsError (loss NaN or Inf).
     """
-    cfg, facts = TargetConfig.make(cfg), list(facts)
+    cfg, facts = TargetConfig.make(cfg), as_facts(facts, "optimise targets for")
     check_where(token)
-    if not facts:
-        raise RequestError("no facts to optimise targets for: the list is empty")
-    for i, fact in enumerate(facts):
-        validate_fact(fact, i)
     layer = lm.check_layer(layer)
     contexts = ContextTemplates.of(contexts)
     if cache_dir is None:
         return _optimize_all(lm, facts, layer, cfg, contexts, token, module)
     content = {
         "format": "editkit-targets-1", "fingerprint": lm.fingerprint(), "tokenizer": tokenizer_hash(lm),
-        "facts": [[fact.prompt, fact.subject, fact.target] for fact in facts], "contexts": contexts.groups,
+        "facts": [fact.request for fact in facts], "contexts": contexts.groups,
         "place": [layer, module, token], "options": cfg.to_dict(),
     }  # fmt: skip
     found = found_or_made(
@@ -390,10 +288,17 @@ def _optimize_all(
     init = torch.empty_like(z)
     losses = torch.full((len(facts), cfg.steps, len(LOSSES)), torch.nan, dtype=torch.float64)
     batches = by_length([rows.per_fact * length for length in rows.lengths], cfg.tokens_per_batch)
-    with frozen(lm.model):
+    start: dict[str, Tensor] = {}
+    if (
+        cfg.products != "model"
+    ):  # z = h + delta is compared with states read exactly, so h has to be exact too
+        bare = [(contexts.fill(fact.prompt)[0], fact.subject) for fact in facts]
+        start["h"] = read_states(lm, bare, outputs=[edited], token=token).output[edited].T.to(lm.dtype)
+    with frozen(lm.model), products(lm, cfg.products):
         for batch in bar(batches, f"targets of {len(facts)} facts", unit="batch"):
+            known = {name: value[batch] for name, value in start.items()}
             delta, h, seen = _optimize(
-                lm, rows, batch, names, layer, cfg, lambda i: f"fact {i} ({facts[i].text!r})"
+                lm, rows, batch, names, layer, cfg, known, lambda i: f"fact {i} ({facts[i].text!r})"
             )
             init[batch] = h.to(init)
             z[batch] = (h + delta).to(z)

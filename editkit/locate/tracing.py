@@ -20,7 +20,8 @@ from ..base.errors import ConfigError, RequestError
 from ..base.progress import bar
 from ..models.batching import by_length
 from ..models.facts import Fact
-from ..models.hooks import EditFn
+from ..models.hooks import EditFn, pick
+from ..models.joining import marked
 from ..models.lm import LM
 from .interchange import Interchange, choose_site, interchange, make_pairs
 from .keys import TOKENS_PER_BATCH
@@ -36,6 +37,7 @@ from .patching import (
     put,
     window_layers,
 )
+from .replay import Replay
 from .sites import Site
 
 __all__ = [
@@ -121,6 +123,7 @@ def causal_trace(
     window: int = 1,
     kind: Kind = "block",
     restore: Literal["each", "group"] = "each",
+    sever: Literal["mlp", "attn"] | None = None,
     answer: Literal["predicted", "true"] = "predicted",
     seed: int = 0,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -133,6 +136,8 @@ def causal_trace(
     window:  number of layers restored together around each layer (ROME uses 10 for mlp and attn).
     restore: "each" restores one token at a time and averages over the tokens of a group (ROME);
              "group" restores all tokens of a group together, which is cheaper.
+    sever:   hold the MLP or attention outputs of the layers above, at the restored tokens, at their corrupted
+             values: what then still arrives does without them (ROME figure 3). For kind="block".
     answer:  "predicted" follows the model's own top token after the clean prompt; "true" the first token of
              `target_true`.
     Cost: about (tokens from the subject on) x layers x samples forward passes of one prompt per fact.
@@ -147,7 +152,11 @@ def causal_trace(
         raise ConfigError(
             f"restore must be 'each' or 'group', answer 'predicted' or 'true'; got {restore!r}, {answer!r}"
         )
+    if sever is not None and kind != "block":
+        raise ConfigError(f"sever = {sever!r} goes with kind = 'block', got {kind!r}")
     names = module_names(lm, kind)
+    cut = [] if sever is None else module_names(lm, sever)
+    starts = [window_layers(layer, window, lm.n_layers)[0] for layer in range(lm.n_layers)]
     positions = position_groups(lm, facts)
     wanted = _true_ids(lm, facts) if answer == "true" else None
     sigma = noise * subject_noise_scale(lm, positions)
@@ -160,9 +169,14 @@ def causal_trace(
     for rows in bar(by_length(lengths, budget), f"causal tracing of {n} facts", unit="batch"):
         run = _TraceBatch(lm, positions, rows, names, sigma, samples, seed, tokens_per_batch)
         clean[rows], answers[rows], predicted[rows] = run.clean(None if wanted is None else wanted[rows])
-        corrupt[rows] = run.corrupted()
+        corrupt[rows] = run.corrupted(sorted({*starts}), cut)
         for layer in range(lm.n_layers):
-            restored = run.restored([names[i] for i in window_layers(layer, window, lm.n_layers)], restore)
+            restored = run.restored(
+                [names[i] for i in window_layers(layer, window, lm.n_layers)],
+                starts[layer],
+                restore,
+                cut[layer + 1 :],
+            )
             effect[rows, :, layer] = restored - corrupt[rows, None]
     return CausalTrace(clean, corrupt, effect, answers, predicted, sigma, kind, window, samples)
 
@@ -171,7 +185,7 @@ def _true_ids(lm: LM, facts: Sequence[Fact]) -> Tensor:
     missing = [i for i, fact in enumerate(facts) if not fact.target_true]
     if missing:
         raise RequestError(f"answer='true' needs target_true, which facts {missing[:5]} do not have")
-    return first_answer_ids(lm, [fact.text for fact in facts], [fact.target_true for fact in facts])
+    return first_answer_ids(lm, [(f.text, marked(f.target_true, f.space)) for f in facts])
 
 
 class _TraceBatch:
@@ -194,6 +208,9 @@ class _TraceBatch:
         self.groups = [
             {name: [c - cut for c in columns] for name, columns in positions.groups[i].items()} for i in rows
         ]
+        # Passes run from the subject on; where attention looks back over a window only, from the first token on.
+        subject = torch.tensor([min(_subject(g)) for g in self.groups], device=self.final.device)
+        self.first = subject if Replay.possible(lm, self.batch) else torch.zeros_like(subject)
         tokens = self.batch.input_ids.shape[1]
         draws = np.zeros((len(rows), samples, tokens, lm.d_model), dtype=np.float32)
         for k, i in enumerate(rows):
@@ -203,53 +220,89 @@ class _TraceBatch:
         self.noise = torch.from_numpy(draws)
 
     def clean(self, wanted: Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Probability of the answer, its id, and the top token; keeps the clean states."""
-        logits, self.states = final_logits(self.lm, self.batch, self.final, record=self.names)
+        """Probability of the answer, its id, and the top token; keeps the clean states from the subject on."""
+        logits, states = final_logits(self.lm, self.batch, self.final, record=self.names)
+        self.states = {name: self._from_subject(value) for name, value in states.items()}
         top = logits.argmax(-1)
         self.answer = top if wanted is None else wanted.to(logits.device)
         p = logits.double().softmax(-1).gather(-1, self.answer[:, None]).squeeze(-1)
         return p.cpu().numpy(), self.answer.cpu().numpy(), top.cpu().numpy()
 
-    def restored(self, names: list[str], restore: str) -> np.ndarray:
-        """P* of the answer with states of some modules restored, (facts, groups); NaN for absent groups."""
+    def _from_subject(self, states: Tensor) -> Tensor:
+        """States (facts, tokens, m) with the first subject token moved to column 0."""
+        first = self.first.to(states.device)[:, None]
+        index = (first + torch.arange(states.shape[1], device=states.device)).clamp(max=states.shape[1] - 1)
+        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+    @torch.no_grad()
+    def corrupted(self, starts: list[int], cut: list[str]) -> np.ndarray:
+        """P* of the answer without restoration, (facts,). Keeps what later passes start from: nothing changes before
+        the subject, nor below the first restored block.
+
+        starts: layers from which they will run.   cut: modules whose corrupted outputs are needed.
+        """
+        fact = torch.arange(len(self.groups)).repeat_interleave(self.samples)
+        noise = self.noise.flatten(0, 1)
+        top = self.lm.block_name(self.lm.n_layers - 1)
+        self.replays, kept = Replay.several(
+            self.lm, self.batch.select(fact), self.first[fact.to(self.first.device)], starts, stop_at=top,
+            edit={self.lm.embed_name: lambda h: h + noise.to(h.device, h.dtype)}, record=[*cut, top],
+        )  # fmt: skip
+        self.cut = {name: kept[name] for name in cut}
+        where = (self.final - self.first)[fact.to(self.final.device)]
+        return (
+            self._probability(self.lm.head(pick(kept[top], where)), fact)
+            .reshape(-1, self.samples)
+            .mean(-1)
+            .numpy()
+        )
+
+    def restored(self, names: list[str], start: int, restore: str, cut: list[str]) -> np.ndarray:
+        """P* of the answer with states of some modules restored, (facts, groups); NaN for absent groups.
+
+        start: layer of the first of them.   cut: modules held at their corrupted outputs where states are restored.
+        """
         sites = []  # (fact, group, columns restored together)
         for fact, groups in enumerate(self.groups):
             for name, columns in groups.items():
                 parts = [[c] for c in columns] if restore == "each" else [columns]
                 sites += [(fact, GROUPS.index(name), part) for part in parts]
-        values = self._run([fact for fact, _, _ in sites], names, [part for _, _, part in sites])
+        values = self._run(sites, names, start, cut)
         total, count = np.zeros((2, len(self.groups), len(GROUPS)))
         for value, (fact, group, _) in zip(values, sites, strict=True):
             total[fact, group] += value
             count[fact, group] += 1
         return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
-    def corrupted(self) -> np.ndarray:
-        """P* of the answer without restoration, (facts,)."""
-        everyone = list(range(len(self.groups)))
-        return self._run(everyone, [], [[] for _ in everyone])
-
-    def _run(self, facts: list[int], names: list[str], columns: list[list[int]]) -> np.ndarray:
-        """Mean probability over noise draws for each (fact, restored columns)."""
-        tokens = self.batch.input_ids.shape[1]
-        fact = torch.tensor(facts).repeat_interleave(self.samples)
-        draw = torch.arange(self.samples).repeat(len(facts))
-        mask = torch.zeros(len(facts), tokens, dtype=torch.bool)
-        for k, part in enumerate(columns):
-            mask[k, part] = True
+    def _run(self, sites: list, names: list[str], start: int, cut: list[str]) -> np.ndarray:
+        """Mean probability over noise draws for each site."""
+        replay = self.replays[start]
+        tokens = replay.entry.shape[1]
+        fact = torch.tensor([f for f, _, _ in sites]).repeat_interleave(self.samples)
+        draw = torch.arange(self.samples).repeat(len(sites))
+        mask = torch.zeros(len(sites), tokens, dtype=torch.bool)
+        for k, (f, _, part) in enumerate(sites):
+            mask[k, [c - int(self.first[f]) for c in part]] = True
         mask = mask.repeat_interleave(self.samples, 0)
         found = []
         for part in chunks(len(fact), tokens, self.budget):
-            rows, noise = fact[part], self.noise[fact[part], draw[part]]
-            edit: dict[str, EditFn] = {self.lm.embed_name: lambda h, z=noise: h + z.to(h.device, h.dtype)}
+            rows = fact[part]
+            runs = rows * self.samples + draw[part]
+            edit: dict[str, EditFn] = {}
             for name in names:
-                edit[name] = put(self.states[name][rows.to(self.states[name].device)], mask[part])
-            batch = self.batch.select(rows)
-            where = rows.to(self.final.device)
-            logits, _ = final_logits(self.lm, batch, self.final[where], edit=edit)
-            answer = self.answer[rows.to(self.answer.device)]
-            found.append(logits.double().softmax(-1).gather(-1, answer[:, None]).squeeze(-1).cpu())
-        return torch.cat(found).reshape(len(facts), self.samples).mean(-1).numpy()
+                clean = self.states[name]
+                edit[name] = put(clean[rows.to(clean.device), :tokens], mask[part])
+            for name in cut:
+                edit[name] = put(self.cut[name][runs.to(self.cut[name].device)], mask[part])
+            where = (self.final - self.first)[rows.to(self.final.device)]
+            logits, _ = final_logits(self.lm, replay.take(runs.tolist()), where, edit=edit)
+            found.append(self._probability(logits, rows))
+        return torch.cat(found).reshape(len(sites), self.samples).mean(-1).numpy()
+
+    def _probability(self, logits: Tensor, fact: Tensor) -> Tensor:
+        """Probability of each row's answer, (rows,), on the host."""
+        answer = self.answer[fact.to(self.answer.device)]
+        return logits.double().softmax(-1).gather(-1, answer[:, None]).squeeze(-1).cpu()
 
 
 def critical_layers(trace: CausalTrace, group: str = "subject_last", share: float = 0.9) -> Site:

@@ -9,8 +9,9 @@ by `save`.
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from ..locate.contexts import ContextTemplates
 from ..locate.moments import Covariance
 from ..models.capacity import memory_plan
 from ..models.facts import Fact, validate_facts
+from ..models.hooks import check_gradients
 from ..models.lm import LM
 from .delta import Delta, carries, cast_loss, describe_facts, snapshot, write
 
@@ -42,6 +44,7 @@ class Editor(ABC):
     contexts:   context templates; None lets the editor sample them from the model at its first edit.
     cache_dir:  folder in which targets are kept and found again, also by other methods; None keeps none.
     record:     called as record(name, tensor) with intermediate results (conformance, plots).
+    force:      use statistics (or a hypernetwork) of another model all the same; the difference becomes a warning.
 
     Raises ConfigError, ModelError or NumericsError before any work if something does not fit.
     """
@@ -58,8 +61,9 @@ class Editor(ABC):
         contexts: ContextTemplates | Sequence | None = None,
         record: Record | None = None,
         cache_dir: str | os.PathLike | None = None,
+        force: bool = False,
     ) -> None:
-        self.lm = lm
+        self.lm, self.force = lm, force
         self.cache_dir = cache_dir
         self.config = self.Config.make(config)
         self.record: Record = record or (lambda name, value: None)
@@ -70,6 +74,7 @@ class Editor(ABC):
         self.contexts = None if contexts is None else ContextTemplates.of(contexts)
         self._base: tuple[tuple, str] | None = None
         self._places: dict[int, torch.device] = {}
+        self._trusted: set[int] = set()
         self._reset()
         self.check()
 
@@ -106,14 +111,15 @@ class Editor(ABC):
 
     # --- what a user calls ----------------------------------------------------------------------------------
 
-    def edit(self, facts: Sequence[Fact]) -> Delta:
-        """Write a batch of facts into the model and return the change.
+    def edit(self, facts: Fact | Iterable[Fact]) -> Delta:
+        """Write a batch of facts (one fact, or any iterable) into the model and return the change.
 
         The model keeps the edit; `restore()`, or `delta.restore(lm)` for the last edit only, takes it back.
         If the edit fails, the weights are as before.
 
         Raises RequestError for malformed, duplicate or contradictory facts.
         """
+        check_gradients(self.lm.model)
         facts = validate_facts(facts)
         if self._broken:
             raise ConfigError(
@@ -127,6 +133,7 @@ class Editor(ABC):
             )
         names = self.parameter_names()
         before = {name: value.cpu() for name, value in snapshot(self.lm, names).items()}
+        self.lm.remember(names)
         self._check_masters()
         masters = dict(self._masters)
         try:
@@ -153,9 +160,18 @@ class Editor(ABC):
         config = self.config.to_dict()
         return Delta(before, after, self.name, config, describe_facts(facts), self._fingerprint(), metadata)
 
-    def restore(self) -> None:
-        """Put the weights back to what they were before this editor's first edit, bit for bit, and forget."""
-        if self._start is not None:
+    def restore(self, *, force: bool = False) -> None:
+        """Put the weights back to what they were before this editor's first edit, bit for bit, and forget.
+
+        Raises ModelError if they have changed since its last edit (unless `force`): putting them back would wipe
+        what others wrote, and their restore would bring back half of it.
+        """
+        if self._start is not None and not carries(self.lm, self._start):
+            if not force and not carries(self.lm, self._last):
+                raise ModelError(
+                    f"the weights of {self.lm.name} have changed since this {self.name} editor's last edit; restore "
+                    "the later edits first (newest first), or overwrite them: restore(force=True)"
+                )
             write(self.lm, self._start)
         self._reset()
 
@@ -171,6 +187,7 @@ class Editor(ABC):
             "editor": self.name, "config": self.config.to_dict(), "base": self._fingerprint(),
             "n_facts": self.n_facts, "history": values,
             "contexts": None if self.contexts is None else self.contexts.groups,
+            "statistics": {str(layer): moment.identity for layer, moment in self.statistics.items()},
         }  # fmt: skip
         return write_stored(path, tensors, meta, form=_FORMAT, key="editor")
 
@@ -200,6 +217,12 @@ class Editor(ABC):
                 f"the saved history belongs to another model than {self.lm.name}, or the model carries other "
                 "edits; load the model the stream was started on"
             )
+        saved = meta.get("statistics", {})
+        differ = [i for i, c in self.statistics.items() if saved.get(str(i), c.identity) != c.identity]
+        self._refuse_unless_forced(
+            "the saved stream used other second moments", [f"that of layer {i} differs" for i in differ],
+            "pass the same statistics (model, texts, number of tokens)",
+        )  # fmt: skip
         self._reset()
         self.contexts = contexts or self.contexts
         self.load_history(meta["history"], parts["history"])
@@ -239,7 +262,7 @@ class Editor(ABC):
 
     def second_moment(self, layer: int) -> Tensor:
         """C0 (d, d), float64, where the layer is solved. Raises ConfigError if missing, NumericsError if
-        unusable.
+        unusable, ModelError if it is that of another model or layer (unless `force`).
         """
         found = self.statistics.get(layer)
         if found is None:
@@ -253,7 +276,28 @@ class Editor(ABC):
                 f"the second moment of layer {layer} is {tuple(found.C.shape)}, its keys have width {d}; "
                 "use the statistics of this model and layer"
             )
+        if layer not in self._trusted:
+            self._check_moment(layer, found)
+            self._trusted.add(layer)
         return found.C.to(self.solve_device(layer))
+
+    def _check_moment(self, layer: int, found: Covariance) -> None:
+        differ = found.differences(self.lm, layer)
+        for other, moment in self.statistics.items():
+            a, b = ((c.provenance.get("texts"), c.n) for c in (found, moment))
+            if a[0] and b[0] and a != b:
+                differ.append(f"its texts are not those of layer {other} (n = {a[1]} and {b[1]} tokens)")
+        self._refuse_unless_forced(
+            f"the second moment of layer {layer} is not one of {self.lm.name}", differ, "compute it for this model: "
+            "editkit.locate.moments.second_moment(lm, layers, texts)",
+        )  # fmt: skip
+
+    def _refuse_unless_forced(self, what: str, differ: list[str], fix: str) -> None:
+        """Raise ModelError that names the differences, or, under `force`, warn of them."""
+        if differ and not self.force:
+            raise ModelError(f"{what}: {'; '.join(differ)}; {fix}, or use it all the same: force=True")
+        if differ:
+            warnings.warn(f"{what}: {'; '.join(differ)}", stacklevel=4)
 
     def _reset(self) -> None:
         self._masters: dict[str, Tensor] = {}
@@ -302,13 +346,15 @@ def make_editor(
     record: Record | None = None,
     preset: str | None = None,
     cache_dir: str | os.PathLike | None = None,
+    force: bool = False,
     **config: Any,
 ):
     """An `Editor` or `memory.MemoryEditor` by its registered name; `config` are its options.
 
     background: texts unrelated to the edits, for memories.   preset: published options of a model (`presets`), by
     name or "auto" for the one of this model's shape; what `config` gives comes on top.   cache_dir: folder for the
-    targets of locate-then-edit methods, which share them there.
+    targets of locate-then-edit methods, which share them there.   force: use statistics or a hypernetwork of another
+    model, with a warning.
     Raises ConfigError for unknown names and options, and for a preset of another model.
     """
     check_known([name], sorted(EDITORS), "editor")
@@ -319,7 +365,9 @@ def make_editor(
     cls = EDITORS[name]
     if background is not None and issubclass(cls, Editor):
         raise ConfigError(f"{name} changes weights and takes no background texts; pass statistics=...")
+    if force and not issubclass(cls, Editor):
+        raise ConfigError(f"{name} uses no statistics and no hypernetwork, so there is nothing to force")
     more: dict[str, Any] = {} if background is None else {"background": background}
     if issubclass(cls, Editor):
-        more["cache_dir"] = cache_dir
+        more |= {"cache_dir": cache_dir, "force": force}
     return cls(lm, config, statistics=statistics, contexts=contexts, record=record, **more)

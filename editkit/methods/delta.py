@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import ConfigError, ModelError
+from ..base.paths import to_folder
 from ..base.stored import read_stored, write_stored
 from ..models.facts import Fact
 from ..models.lm import LM
@@ -110,20 +111,42 @@ class Delta:
                     f"{tuple(value.shape)} {value.dtype}; load the model it was made on, in the same dtype"
                 )
 
-    def apply(self, lm: LM) -> None:
-        """Write the edit into the model. Nothing happens if the model carries it already.
+    def apply(self, lm: LM, *, on_top: bool = False) -> Delta:
+        """Write the edit into the model it was made on, and return the change that `restore` takes back.
 
-        Raises ModelError if the model is neither the one before nor the one after this edit.
+        on_top: the model carries edits already, this one too perhaps: add the difference to the weights as they
+            are. What is returned then is the change of these weights.
+        Raises ModelError for another model and, without on_top, for one that carries edits.
         """
-        self.check_base(lm)
-        if carries(lm, self.after):
-            return
-        if not carries(lm, self.before):
+        if on_top and set(lm.edited()) - set(self.names):
+            self._check_shapes(lm)  # other parameters carry edits, so the model's hash says nothing
+        else:
+            self.check_base(lm)
+        if not on_top and not carries(lm, self.before):
+            if carries(lm, self.after):
+                found = f"{lm.name} carries this {self.editor} edit already"
+            else:
+                found = f"the weights of {lm.name} differ from those this {self.editor} edit was made on"
             raise ModelError(
-                f"the weights of {lm.name} differ from those this {self.editor} edit was made on; restore "
-                "the edits made since, or apply the edits of a sequence in their order"
+                f"{found}; restore the edits made since (delta.restore, editor.restore) and apply the edits of a "
+                "sequence in their order, or add it to the weights as they are: delta.apply(lm, on_top=True)"
             )
-        write(lm, self.after)
+        lm.remember(self.names)
+        made = self
+        if on_top and not carries(lm, self.before):
+            now = {name: value.cpu() for name, value in snapshot(lm, self.names).items()}
+            after = {n: (v.double() + self.update(n).cpu()).to(self.after[n].dtype) for n, v in now.items()}
+            made = dataclasses.replace(self, before=now, after=after)
+        write(lm, made.after)
+        return made
+
+    def _put(self, lm: LM) -> None:
+        """`apply`, or nothing if the model carries the edit already."""
+        self._check_shapes(lm)
+        if not carries(lm, self.after):
+            self.apply(lm)
+        else:
+            self.check_base(lm)
 
     def restore(self, lm: LM) -> None:
         """Write the saved copies back, bit for bit. Nothing happens if the edit is not applied.
@@ -145,7 +168,7 @@ class Delta:
         """`with delta.applied(lm):` has the edit inside and the weights without it afterwards, also after
         errors and when the model carried the edit already.
         """
-        self.apply(lm)
+        self._put(lm)
         try:
             yield lm
         finally:
@@ -194,11 +217,18 @@ class Delta:
 
     def merge(self, lm: LM, out_dir: str | os.PathLike) -> Path:
         """Write the edited model and its tokenizer as a Hugging Face checkpoint; `lm` is left as it was
-        found.
+        found. Raises ModelError for a model with adapter layers inside, whose checkpoint would not load.
         """
-        out_dir = Path(out_dir)
+        out_dir = to_folder(out_dir)
+        adapted = [n for n, module in lm.model.named_modules() if type(module).__module__.split(".")[0] == "peft"]
+        if adapted:
+            raise ModelError(
+                f"{lm.name} has adapter layers inside ({adapted[0]} and {len(adapted) - 1} more), whose weights an "
+                "ordinary checkpoint does not name; merge them first: model = peft_model.merge_and_unload(), then "
+                "load_lm(model) and edit that"
+            )
         found = snapshot(lm, self.names)
-        self.apply(lm)
+        self._put(lm)
         try:
             lm.model.save_pretrained(out_dir)
             copy.deepcopy(lm.tokenizer).save_pretrained(out_dir)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from ..base.errors import ConfigError, EditkitError, ModelError
 from ..locate.contexts import ContextTemplates
-from ..locate.targets import encode_targets
+from ..locate.target_rows import encode_targets
 from ..models.architectures import ArchSpec
 from ..models.batching import Encoding
 from ..models.capacity import memory_plan, savings

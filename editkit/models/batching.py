@@ -1,13 +1,16 @@
-"""Padded batches, and batches of sequences under an explicit token budget."""
+"""Texts as rows of tokens, padded batches of them, and batches under an explicit token budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..base.errors import ConfigError
+
+PaddingSide = Literal["left", "right"]
 
 
 class Encoding(dict):
@@ -75,6 +78,63 @@ class Encoding(dict):
         tensors = {k: v.to(device) for k, v in self.items()}
         offsets = None if self.offsets is None else self.offsets.to(device)
         return Encoding(tensors, self.texts, offsets, self.padding_side)
+
+
+def _added(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text and behind it."""
+    whole, bare = (
+        tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False)
+    )
+    for i in range(len(whole) - len(bare) + 1):
+        if whole[i : i + len(bare)] == bare:
+            return whole[:i], whole[i + len(bare) :]
+    return [], []
+
+
+def token_rows(
+    tokenizer, texts: Sequence[str], *, add_special_tokens: bool = True, max_length: int | None = None
+) -> tuple[list[list[int]], list[list[tuple[int, int]]] | None]:
+    """Token ids of each text, and their character spans (None for tokenizers that know none).
+
+    One rule for editing, scoring, perplexity and generation: what the tokenizer puts in front of a text (a begin
+    token) stands there once, also if the text has it already; what it appends (an end token) is left out, since
+    every text here is read to be continued. max_length cuts on the right.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    front, behind = _added(tokenizer) if add_special_tokens else ([], [])
+    raw = tokenizer(
+        list(texts), add_special_tokens=add_special_tokens, padding=False, truncation=max_length is not None,
+        max_length=max_length, return_offsets_mapping=fast, return_attention_mask=False, verbose=False,
+    )  # fmt: skip
+    rows, spans = [], []
+    for i, ids in enumerate(raw["input_ids"]):
+        stop = len(ids) - len(behind) if behind and ids[-len(behind) :] == behind else len(ids)
+        again = len(front) if ids[: 2 * len(front)] == 2 * front else 0
+        own = slice(len(front) + again, stop)
+        rows.append(ids[: len(front)] + ids[own])
+        if fast:
+            span = raw["offset_mapping"][i]
+            spans.append(span[: len(front)] + span[own])
+    return rows, spans if fast else None
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, side: PaddingSide) -> dict[str, Tensor]:
+    """input_ids, attention_mask, position_ids of rows of ids, each (rows, width).
+
+    position_ids count real tokens only, so that left padding gives the same results as right padding also with
+    absolute positions. Raises ConfigError for another side than "left" and "right".
+    """
+    if side not in ("left", "right"):
+        raise ConfigError(f"padding_side must be 'left' or 'right', got {side!r}")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, columns] = torch.as_tensor(row, dtype=torch.long)
+        mask[i, columns] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

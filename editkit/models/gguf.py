@@ -17,6 +17,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..base.errors import EditkitError, ModelError
+from ..base.paths import user_path
 from .architectures import ArchSpec
 from .preflight import check_config, check_fits, empty_model, weight_bytes
 
@@ -41,7 +42,7 @@ def read_gguf(
     Warns once what this means for edits. Raises ModelError if the file or the package that reads it is missing, if it
     is no complete GGUF file, or if its architecture cannot be converted or edited.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise ModelError(f"{str(path)!r} is not a file here; give the path of a .gguf file")
     with open(path, "rb") as file:

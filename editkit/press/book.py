@@ -71,7 +71,7 @@ def build(study: Study, layout: Layout, *, force: bool = False) -> tuple[Path, b
 
 
 def stage(study: Study, layout: Layout, source: Path) -> dict[str, dict]:
-    """Write the complete source tree of the book to `source`; returns {alias: {"status", "message"}} of missing runs."""
+    """Write the whole source tree of the book to `source`; returns {alias: {"status", "message"}} of missing runs."""
     pages = layout.root / "book"
     manifest, missing = gather(study, layout)
     shutil.rmtree(source, ignore_errors=True)

@@ -90,7 +90,7 @@ def _run(args) -> int:
 
     if args.keep_reference and args.overrides:
         raise ConfigError("a reference has the parameters of its study: use --keep-reference without -p")
-    # Ctrl-C means the same however we were started: shells ignore it for what runs in the background, and we inherit that.
+    # Ctrl-C means the same however we were started: what shells run in the background inherits that it is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     study, layout = _load(args)

@@ -7,11 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,18 +15,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
-import psutil
 from filelock import FileLock, Timeout
 
 from ..base.errors import ConfigError
-from ..base.sources import PACKAGE
 from . import notebook as nb
-from .inputs import Prepared, changes, early_key, key, package_files
+from .inputs import Prepared, below, changes, early_key, edited, key, package_files
 from .layout import RESULTS, SCHEMA, SIDECAR, Layout
 from .provenance import git_state
 from .report import CACHE_DIR, PARAMETERS, RUN_DIR, WORK_DIR
 from .study import RunSpec, data_root, how_to_get, missing_files
-from .worker import DIED, FAILED, NO_START, OK, OOM_CODES, UNAVAILABLE
+from .worker import DIED, FAILED, NO_START, OK, UNAVAILABLE, Processes, call_worker
 
 CURRENT, WAITING = "current", "waiting"
 PATHS = ("EDITKIT_CACHE", "EDITKIT_DATA", "EDITKIT_DOWNLOADS")  # what a relative path means is decided here
@@ -53,42 +47,6 @@ class Outcome:
     message: str = ""
     seconds: float = 0.0
     stderr_cells: tuple[int, ...] = ()
-
-
-class Processes:
-    """The worker processes alive now, so that an interrupt can end them all."""
-
-    def __init__(self) -> None:
-        self._alive: set[subprocess.Popen] = set()
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def wait(self, command: list[str], **options) -> int:
-        """Start a process that takes no part in our Ctrl-C and wait for its end; returns its exit code.
-
-        Its standard input is a pipe that nobody but us holds open, so that it notices when we are gone.
-        """
-        with self._lock:
-            if self._closed:
-                return -signal.SIGTERM
-            process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, **options)
-            self._alive.add(process)
-        try:
-            return process.wait()
-        finally:
-            process.stdin.close()
-            with self._lock:
-                self._alive.discard(process)
-
-    def end_all(self) -> None:
-        """Kill every process with its children (the kernels), and start no new ones."""
-        with self._lock:
-            self._closed = True
-            for process in self._alive:
-                with contextlib.suppress(psutil.Error):
-                    for child in psutil.Process(process.pid).children(recursive=True):
-                        child.kill()
-                process.kill()
 
 
 def run_one(
@@ -170,9 +128,9 @@ def _execute(
     }
     (stage / "request.json").write_text(json.dumps(request), encoding="utf-8")
     env = _environment(run, layout, target, work) | environment
-    outcome, code = _call_worker(stage, log, env, processes)
+    outcome, code = call_worker(stage, log, env, processes)
     if outcome["status"] == NO_START:  # a kernel that did not come up says nothing about the notebook
-        outcome, code = _call_worker(stage, log, env, processes)
+        outcome, code = call_worker(stage, log, env, processes)
     seconds = outcome.get("seconds", 0.0)
     if outcome["status"] != OK:
         status = UNAVAILABLE if outcome["status"] == UNAVAILABLE else FAILED
@@ -185,39 +143,16 @@ def _execute(
         return Outcome(run.spec, FAILED, problem, seconds)
     results = json.loads((target / RESULTS).read_text(encoding="utf-8"))
     record = key(run, layout.root, results.pop("read"))
-    if edited := _edited(record["files"], package, begin, run, layout.root):
-        return Outcome(run.spec, FAILED, f"{', '.join(edited)} edited during the run; run again", seconds)
+    if touched := edited(record["files"], package, begin, run, layout.root):
+        return Outcome(run.spec, FAILED, f"{', '.join(touched)} edited during the run; run again", seconds)
     _clean_metadata(executed, run.spec.notebook)
     nbformat.write(executed, target / f"{run.run_id}.ipynb")
     noisy = tuple(nb.stderr_cells(executed))
-    git = git_state(layout.root, commit, [run.spec.notebook, *_below(record["files"], layout.root)])
+    git = git_state(layout.root, commit, [run.spec.notebook, *below(record["files"], layout.root)])
     _write_sidecar(run, target, results, record, git, outcome, noisy)
     _move_in(target, layout.run_dir(run.run_id), stage / "old")
     shutil.rmtree(work, ignore_errors=True)
     return Outcome(run.spec, OK, seconds=seconds, stderr_cells=noisy)
-
-
-def _edited(
-    files: dict[str, str], package: dict[str, str], begin: float, run: Prepared, root: Path
-) -> list[str]:
-    """Files that were read and may have been read in another state than the key says."""
-    changed = {name for name, _ in package.items() ^ package_files().items()}
-    changed |= {f"{name.rpartition('/')[0]}/*" for name in changed if not name.endswith(".py")}
-    found = sorted(changed & files.keys())
-    for name in _below(files, root):
-        if (path := root / name).is_file() and not path.is_relative_to(PACKAGE):
-            found += [name] if begin < path.stat().st_mtime < time.time() else []
-    same = nb.code_hash(nb.read_notebook(root / run.spec.notebook)) == nb.code_hash(run.template)
-    return found if same else [*found, run.spec.notebook]
-
-
-def _below(files: dict[str, str], root: Path) -> list[str]:
-    """Those files of a key that lie in the project, as paths from its root."""
-    names = [name for name in files if ":" not in name]
-    if not PACKAGE.is_relative_to(root):
-        return [name for name in names if not name.startswith("editkit/")]
-    inside = PACKAGE.parent.relative_to(root).as_posix()
-    return [f"{inside}/{name}" if inside != "." and name.startswith("editkit/") else name for name in names]
 
 
 def _work_dir(run: Prepared, layout: Layout) -> Path:
@@ -257,37 +192,6 @@ def _environment(run: Prepared, layout: Layout, target: Path, work: Path) -> dic
     return env
 
 
-def _call_worker(stage: Path, log: Path, env: dict[str, str], processes: Processes) -> tuple[dict, int]:
-    """Run the worker process to its end; returns its outcome and exit code."""
-    answer = stage / "outcome.json"
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "editkit.press.worker", str(stage / "request.json")]
-    with _runtime_dir() as runtime, log.open("ab") as sink:
-        env = env | {"JUPYTER_RUNTIME_DIR": str(runtime)}
-        code = processes.wait(command, env=env, stdout=sink, stderr=sink)
-    if answer.is_file():
-        return json.loads(answer.read_text(encoding="utf-8")), code
-    return {"status": DIED if code in (-signal.SIGKILL, *OOM_CODES) else FAILED, "message": ""}, code
-
-
-@contextlib.contextmanager
-def _runtime_dir() -> Iterator[Path]:
-    """A folder with a short path: sockets of the kernel live there, and their names may not exceed about 100 characters.
-
-    Each is held by a lock as long as its owner lives, so that what a killed one left can be told from what is in use.
-    """
-    for old in Path(tempfile.gettempdir()).glob("ek-*/lock"):
-        with contextlib.suppress(OSError, Timeout), FileLock(old, timeout=0):
-            shutil.rmtree(old.parent, ignore_errors=True)
-    made = Path(tempfile.mkdtemp(prefix=".ek-"))
-    with FileLock(made / "lock"):
-        made = made.rename(made.with_name(made.name[1:]))  # it is seen by others only now, when it is locked
-        try:
-            yield made
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-
-
 def _explain(outcome: dict, code: int) -> str:
     if outcome["status"] == DIED:
         return f"{OUT_OF_MEMORY}; lower the batch size or n, or raise memory_gib"
@@ -302,8 +206,8 @@ def _explain(outcome: dict, code: int) -> str:
 def _clean_metadata(executed: nbformat.NotebookNode, source: str) -> None:
     """Leave no paths of this machine in the published notebook."""
     record = executed.metadata["papermill"]
-    for key in ("input_path", "output_path", "environment_variables"):
-        record.pop(key, None)
+    for name in ("input_path", "output_path", "environment_variables"):
+        record.pop(name, None)
     record["template"] = source
 
 

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,7 @@ from .study import RunSpec, data_root
 
 OLDER = "recorded before the key held all files"
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")  # opened by libraries that Python does not hear of
+_SCRATCH = {".editkit", ".git", ".venv", "_build", "__pycache__"}
 _ELSEWHERE = ("data:", "model:", "downloads:", "hub:", "path:")
 # Variables with a meaning of their own here: what they lead to is in the key, or it cannot change a number.
 _OWN = {
@@ -88,16 +90,8 @@ def _places(root: Path) -> list[tuple[str, Path]]:
     """Where files of a run may lie: what a name in the key begins with, and the folder."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from ..corpora.fetch import download_dir
-
-    hub, downloads = Path(HF_HUB_CACHE), download_dir()
-    return [
-        ("editkit/", PACKAGE),
-        ("data:", data_root(root)),
-        ("downloads:", downloads),
-        ("hub:", hub),
-        ("", root),
-    ]
+    data = [("data:", data_root(root)), ("model:", model_dir()), ("downloads:", download_dir())]
+    return [("editkit/", PACKAGE), *data, ("hub:", Path(HF_HUB_CACHE)), ("", root)]
 
 
 def _name(path: Path, root: Path, given: Sequence[str]) -> str | None:
@@ -107,15 +101,10 @@ def _name(path: Path, root: Path, given: Sequence[str]) -> str | None:
             parts = path.relative_to(folder).parts
             if (
                 folder == PACKAGE and path.suffix != ".py"
-            ):  # one of its folders of data: what is added there counts, too
+            ):  # all data of that folder: what is added there counts, too
                 return "/".join(["editkit", *parts[:-1], "*"])
-            if (
-                prefix
-                or not {".editkit", ".git", ".venv", "_build", "__pycache__"} & set(parts)
-                and parts[:2] != ("book", "runs")
-            ):
-                return prefix + "/".join(parts)
-            return None
+            scratch = _SCRATCH & set(parts) or parts[:2] == ("book", "runs")
+            return None if scratch and not prefix else prefix + "/".join(parts)
     return f"path:{path}" if any(path.is_relative_to(folder) for folder in given) else None
 
 
@@ -129,7 +118,7 @@ def _hash(name: str, root: Path) -> str:
     places = [("path:", Path("/")), *_places(root)]
     prefix, folder = next((p, f) for p, f in places if name.startswith(p))
     path = folder / name.removeprefix(prefix)
-    if path.name == "*":
+    if path.name == "*" and path.parent.is_dir():
         data = [p for p in sorted(path.parent.iterdir()) if p.is_file() and p.suffix != ".py"]
         return digest(*(f"{p.name} {file_hash(p)}" for p in data))
     return source_hash(path) if path.suffix == ".py" else tree_hash(path)
@@ -179,9 +168,7 @@ def key(run: Prepared, root: Path, seen: dict[str, Any]) -> dict[str, Any]:
     record = {
         "notebook": nb.code_hash(run.template),
         "parameters": digest(json.dumps(run.parameters, sort_keys=True)),
-        "files": {
-            name: found for name, found in files.items() if found != ABSENT or name in _declared(run)
-        },
+        "files": {name: found for name, found in files.items() if found != ABSENT or name in _declared(run)},
         "packages": {name: _public(version) for name, version in seen["packages"].items()},
         "environment": _environment([*texts, *nb.cells_code(run.template)]),
     }
@@ -244,3 +231,26 @@ def changes(run: Prepared, layout: Layout) -> list[str]:
     if done is None:
         return ["no result yet"]
     return stale(done[0]["inputs"], run.template, run.parameters, layout.root)
+
+
+def edited(
+    files: dict[str, str], package: dict[str, str], begin: float, run: Prepared, root: Path
+) -> list[str]:
+    """Files that were read and may have been read in another state than the key says."""
+    changed = {name for name, _ in package.items() ^ package_files().items()}
+    changed |= {f"{name.rpartition('/')[0]}/*" for name in changed if not name.endswith(".py")}
+    found = sorted(changed & files.keys())
+    for name in below(files, root):
+        if (path := root / name).is_file() and not path.is_relative_to(PACKAGE):
+            found += [name] if begin < path.stat().st_mtime < time.time() else []
+    same = nb.code_hash(nb.read_notebook(root / run.spec.notebook)) == nb.code_hash(run.template)
+    return found if same else [*found, run.spec.notebook]
+
+
+def below(files: dict[str, str], root: Path) -> list[str]:
+    """Those files of a key that lie in the project, as paths from its root."""
+    names = [name for name in files if ":" not in name]
+    if not PACKAGE.is_relative_to(root):
+        return [name for name in names if not name.startswith("editkit/")]
+    inside = PACKAGE.parent.relative_to(root).as_posix()
+    return [f"{inside}/{name}" if inside != "." and name.startswith("editkit/") else name for name in names]

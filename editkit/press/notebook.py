@@ -82,7 +82,7 @@ def declared_in(source: str, name: str) -> dict[str, Declared]:
     for line in ast.parse(source).body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value):
             raise ConfigError(
-                f"{name}: cannot read the declaration {ast.unparse(line)!r}; write name: type = value  # meaning [range]"
+                f"{name}: cannot read the declaration {ast.unparse(line)!r}; write name: type = value  # help [range]"
             )
         key, kind = line.target.id, ast.unparse(line.annotation)
         try:

@@ -96,6 +96,9 @@ def colors(methods) -> dict[str, str]:
     return {m: look(m).color for m in methods}
 
 
+_TICKS = {"labelsize": 11.0, "major.size": 6.0, "major.width": 1.25, "minor.size": 4.0, "minor.width": 1.0}
+
+
 def style_params() -> dict:
     """Matplotlib rcParams of the style. Text stays text in the SVG (searchable, small)."""
     from cycler import cycler
@@ -110,6 +113,7 @@ def style_params() -> dict:
         "svg.fonttype": "none",
         "svg.hashsalt": "editkit",
         "font.family": "sans-serif",
+        "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
         "font.size": 10.5,
         "mathtext.fontset": "dejavusans",
         "text.color": INK,
@@ -119,6 +123,7 @@ def style_params() -> dict:
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.edgecolor": AXIS,
+        "axes.labelsize": 12.0,
         "axes.linewidth": 0.8,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -130,11 +135,17 @@ def style_params() -> dict:
         "ytick.color": AXIS,
         "xtick.labelcolor": INK,
         "ytick.labelcolor": INK,
+        **{f"{axis}tick.{key}": x for axis in "xy" for key, x in _TICKS.items()},
+        "legend.fontsize": 11.0,
+        "legend.title_fontsize": 12.0,
         "legend.frameon": False,
         "legend.labelcolor": INK,
         "lines.linewidth": 1.8,
         "lines.markersize": 5.5,
+        "lines.solid_capstyle": "round",
         "patch.linewidth": 0.0,
+        "patch.edgecolor": "w",
+        "patch.force_edgecolor": True,
         "image.cmap": "cividis",
         "axes.prop_cycle": cycler(color=PALETTE),
         "errorbar.capsize": 2.5,
@@ -144,9 +155,7 @@ def style_params() -> dict:
 def use_style() -> None:
     """Make the style the default of this process (notebooks get it through `editkit.press.start`)."""
     import matplotlib
-    import seaborn
 
-    seaborn.set_theme(context="notebook", style="ticks")
     matplotlib.rcParams.update(style_params())
 
 

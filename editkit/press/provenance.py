@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 REPORTED_PACKAGES = (
-    "numpy", "scipy", "torch", "transformers", "tokenizers", "pandas", "scikit-learn", "matplotlib", "seaborn",
+    "numpy", "scipy", "torch", "transformers", "tokenizers", "pandas", "scikit-learn", "matplotlib",
     "safetensors", "papermill", "jupyter-book", "nltk",
 )  # fmt: skip
 

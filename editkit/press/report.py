@@ -340,6 +340,7 @@ class Run:
             "says": self.said,
             "timings": {name: round(t, 4) for name, t in self.timings.items()},
             "notebook_seconds": round(seconds, 3),
+            "processor_seconds": round(time.process_time(), 1),  # all threads, imports included: independent of load
             "packages": package_versions(),
             "hardware": hardware(),
             "peak_memory_mib": peak_memory_mib(),

@@ -7,8 +7,8 @@ runs:
     title: Locate-then-edit          # page title of the run in the appendix
     parameters: {n_edits: 100}
     grid: {seed: [0, 1, 2]}          # one run per combination; the alias must tell them apart
-    inputs: [data:clare/data.json]   # files whose content counts as input (data: = below EDITKIT_DATA)
-    requires: [data:clare/data.json] # without these files (or model:smollm2, fetched) the run is not available here
+    inputs: [notes.txt]              # files that count although the notebook does not open them itself
+    requires: [data:zsre/zsre.json]  # without it not available here (data: below EDITKIT_DATA; model:smollm2: fetched)
     tags: [labyrinth]
     gpus: 0                          # resources, for the scheduler
     threads: 2

@@ -12,13 +12,18 @@ import json
 import logging
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import psutil
+from filelock import FileLock, Timeout
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
@@ -27,6 +32,76 @@ from .kernel import COMMAND
 
 OOM_CODES = (137, 138)
 OK, FAILED, DIED, NO_START, UNAVAILABLE = "ok", "failed", "died", "no-start", "unavailable"
+
+
+class Processes:
+    """The worker processes alive now, so that an interrupt can end them all."""
+
+    def __init__(self) -> None:
+        self._alive: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def wait(self, command: list[str], **options) -> int:
+        """Start a process that takes no part in our Ctrl-C and wait for its end; returns its exit code.
+
+        Its standard input is a pipe that nobody but us holds open, so that it notices when we are gone.
+        """
+        with self._lock:
+            if self._closed:
+                return -signal.SIGTERM
+            process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, **options)
+            self._alive.add(process)
+        try:
+            return process.wait()
+        finally:
+            process.stdin.close()
+            with self._lock:
+                self._alive.discard(process)
+
+    def end_all(self) -> None:
+        """Kill every process with its children (the kernels), and start no new ones."""
+        with self._lock:
+            self._closed = True
+            for process in self._alive:
+                with contextlib.suppress(psutil.Error):
+                    for child in psutil.Process(process.pid).children(recursive=True):
+                        child.kill()
+                process.kill()
+
+
+def call_worker(stage: Path, log: Path, env: dict[str, str], processes: Processes) -> tuple[dict, int]:
+    """Run the worker process to its end; returns its outcome and exit code."""
+    answer = stage / "outcome.json"
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "editkit.press.worker", str(stage / "request.json")]
+    with runtime_dir() as runtime, log.open("ab") as sink:
+        env = env | {"JUPYTER_RUNTIME_DIR": str(runtime)}
+        code = processes.wait(command, env=env, stdout=sink, stderr=sink)
+    if answer.is_file():
+        return json.loads(answer.read_text(encoding="utf-8")), code
+    return {"status": DIED if code in (-signal.SIGKILL, *OOM_CODES) else FAILED, "message": ""}, code
+
+
+@contextlib.contextmanager
+def runtime_dir() -> Iterator[Path]:
+    """A folder with a short path for the sockets of the kernel, whose names may not exceed about 100 characters.
+
+    Each is held by a lock as long as its owner lives, so that what a killed one left can be told from what is in use.
+    """
+    for old in Path(tempfile.gettempdir()).glob("ek-*/lock"):
+        with contextlib.suppress(OSError, Timeout), FileLock(old, timeout=0):
+            shutil.rmtree(old.parent, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=".ek-"))
+    with FileLock(made / "lock"):
+        made = made.rename(made.with_name(made.name[1:]))  # it is seen by others only now, when it is locked
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+# -------------------------------------------------------------------- in the worker
 
 
 class OwnKernelManager(AsyncKernelManager):

@@ -1,7 +1,6 @@
 """Batched token-level scoring: log-probabilities and arg-max of the tokens of a continuation.
 
-Every teacher-forced protocol is a reading of what `score_targets` returns, so tokenisation, padding and
-position ids are decided once, here.
+Every teacher-forced protocol is a reading of what `score_targets` returns; tokens come from `models.answers`.
 """
 
 from __future__ import annotations
@@ -10,21 +9,21 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.errors import ConfigError, RequestError
+from ..base.errors import ConfigError
 from ..base.progress import bar
+from ..models.answers import Pair, pad_rows, prompt_tokens, split_tokens
+from ..models.batching import PaddingSide
+from ..models.facts import as_texts
 from ..models.lm import LM
 from ..models.prompts import prompts as prompts_end
 from ..models.prompts import readers
 
-PaddingSide = Literal["left", "right"]
 TOKEN_BUDGET = 8192
-Pair = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,83 +58,6 @@ class TargetScore:
     def token_accuracy(self) -> float:
         """Share of tokens that are the most likely one (teacher-forced)."""
         return float(self.correct.mean())
-
-
-def join(prompt: str, answer: str) -> str:
-    """The text that is scored: prompt, one space, answer."""
-    return f"{prompt} {answer.lstrip()}"
-
-
-def split_tokens(lm: LM, pairs: Sequence[Pair]) -> list[tuple[list[int], int]]:
-    """Token ids of `prompt + " " + answer` and the number of prompt tokens, for each pair.
-
-    The text is tokenised as a whole; by character offsets, a token belongs to the answer if it ends behind
-    the prompt. For space-prefixed BPE this is the official `tok(prompt) + tok(" " + answer)`; unlike it, it
-    is also right for tokenizers that mark spaces otherwise or append an end token. Raises RequestError for an
-    empty answer, a prompt without tokens, or a text too long for the model.
-    """
-    if not pairs:
-        return []
-    texts = [join(p, a) for p, a in pairs]
-    encoded = lm.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-    rows, limit = [], lm.max_tokens
-    for (prompt, answer), ids, spans in zip(
-        pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        inside = [end > len(prompt) for _, end in spans]
-        if not answer.strip() or True not in inside:
-            raise RequestError(f"empty answer for the prompt {prompt!r}; give the text that should follow it")
-        start = inside.index(True)
-        if start == 0:
-            raise RequestError(
-                f"the prompt {prompt!r} has no tokens; a continuation needs something before it"
-            )
-        stop = len(inside) - inside[::-1].index(True)
-        if limit is not None and stop > limit:
-            raise RequestError(
-                f"prompt and answer have {stop} tokens, {lm.name} allows {limit}: {prompt[:80]!r}..."
-            )
-        rows.append((ids[:stop], start))
-    return rows
-
-
-def prompt_tokens(lm: LM, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt, without the end token that some tokenizers append.
-
-    Raises RequestError for a prompt without tokens.
-    """
-    if not prompts:
-        return []
-    encoded = lm.tokenizer(
-        list(prompts), return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    rows = []
-    for prompt, ids, spans in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        real = [i for i, (start, end) in enumerate(spans) if end > start]
-        if not real:
-            raise RequestError(f"the prompt {prompt!r} has no tokens; give a non-empty text")
-        rows.append(ids[: real[-1] + 1])
-    return rows
-
-
-def pad_rows(lm: LM, rows: Sequence[Sequence[int]], side: PaddingSide) -> dict[str, Tensor]:
-    """input_ids, attention_mask, position_ids (counting real tokens), each (rows, width), on the device."""
-    if side not in ("left", "right"):
-        raise ConfigError(f"padding_side must be 'left' or 'right', got {side!r}")
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, columns] = torch.as_tensor(row, dtype=torch.long)
-        mask[i, columns] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    device = lm.device()
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": positions.to(device),
-    }
 
 
 def batches(lengths: Sequence[int], batch_size: int | None, token_budget: int) -> Iterator[list[int]]:
@@ -236,7 +158,7 @@ def next_tokens(
     lm: LM, prompts: Sequence[str], *, batch_size: int | None = None, token_budget: int = TOKEN_BUDGET
 ) -> list[int]:
     """The most likely next token after each prompt."""
-    unique = list(dict.fromkeys(prompts))
+    unique = list(dict.fromkeys(as_texts(prompts, "prompts")))
     rows = prompt_tokens(lm, unique)
     result: dict[str, int] = {}
     for batch in batches([len(r) for r in rows], batch_size, token_budget):

@@ -12,7 +12,7 @@ from ..base.progress import bar
 from ..models.facts import Fact, validate_facts
 from ..models.lm import LM
 from .probes import expand
-from .protocols import PROTOCOLS, Baseline, score
+from .protocols import PROTOCOLS, Baseline, note_edits, score
 
 When = Literal["after_all", "after_each"]
 Restore = Literal["end", "each", "never"]
@@ -50,8 +50,9 @@ def evaluate(
     facts_per_edit: facts per call of `editor.edit`; None is one batch of all.
     restore: "end" restores when done, also after an error. "each" restores after every chunk, so chunks are
         independent (MEMIT's script; only with "after_each"). "never" leaves the model edited.
-    before: score the unedited model too. options: those of `score` (match, candidates, batch_size, ...); a
-        baseline is taken here, before the first edit, for the protocols that use one.
+    before: score the unedited model too (a warning says if it carries edits already). options: those of `score`
+        (match, candidates, batch_size, ...); a baseline is taken here, before the first edit, for the protocols that
+        use one.
     unedited: that baseline, if it has been read before (`Baseline.of` on this model as it is now, for these facts,
         axes and protocols): several methods on the same facts need to read the unedited model once.
 
@@ -66,6 +67,8 @@ def evaluate(
     if lookups and baseline is None:
         batching = {k: v for k, v in options.items() if k in _BATCHING}
         baseline = Baseline.of(lm, facts, axes, protocols=lookups, **batching)
+    elif before:
+        note_edits(lm)
     tables: list[pd.DataFrame] = []
 
     def take(chosen: Sequence[Fact], label: str, step: int, chosen_axes: Sequence[str] | None) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from ..base.errors import ConfigError, DataError, RequestError
-from ..models.facts import Fact, validate_fact
+from ..models.facts import Fact, Probe, as_facts
+from ..models.joining import bare, marked, wanted_space
 
 REWRITE_AXES = ("efficacy", "paraphrase", "consequence")
 KEEP_AXES = ("neighborhood", "locality", "same_subject")
@@ -31,6 +32,11 @@ class Item:
     answer: str
     new: str
     true: str | None
+    space: bool | None = None
+
+    def pair(self, answer: str) -> tuple[str, str]:
+        """(prompt, answer) as `models.answers.split_tokens` takes them."""
+        return self.prompt, marked(answer, self.space)
 
     @property
     def contrast(self) -> str | None:
@@ -60,22 +66,25 @@ def fact_ids(facts: Sequence[Fact]) -> list[str]:
 
 
 def _of_fact(index: int, fact: Fact, name: str) -> Iterator[Item]:
-    def item(axis: str, prompt: str, answer: str, new: str, true: str | None, kind: str = "") -> Item:
-        return Item(index, name, axis, kind, fact.relation, prompt, answer, new, true)
+    def item(axis: str, prompt: str, answer: str, new: str, true: str | None, probe: Probe | None = None) -> Item:
+        kind, space = ("", wanted_space(fact.target, fact.space))
+        if probe is not None:
+            kind, space = probe.kind, wanted_space(probe.answer, probe.space)
+        return Item(index, name, axis, kind, fact.relation, prompt, answer, new, true, space)
 
-    target = fact.target.strip()
-    true = fact.target_true.strip() if fact.target_true else None
+    target = bare(fact.target)
+    true = bare(fact.target_true) if fact.target_true else None
     yield item("efficacy", fact.text, target, target, true)
     for prompt in fact.paraphrases:
         yield item("paraphrase", prompt, target, target, true)
     for axis in KEEP_AXES:
         for probe in getattr(fact, axis):
-            answer = probe.answer.strip()
-            yield item(axis, probe.prompt, answer, target, answer, probe.kind)
+            answer = bare(probe.answer)
+            yield item(axis, probe.prompt, answer, target, answer, probe)
     for probe in fact.consequences:
-        answer = probe.answer.strip()
-        before = probe.before.strip() if probe.before else None
-        yield item("consequence", probe.prompt, answer, answer, before, probe.kind)
+        answer = bare(probe.answer)
+        before = bare(probe.before) if probe.before else None
+        yield item("consequence", probe.prompt, answer, answer, before, probe)
 
 
 def expand(facts: Sequence[Fact], axes: Sequence[str] | None = None) -> list[Item]:
@@ -84,15 +93,11 @@ def expand(facts: Sequence[Fact], axes: Sequence[str] | None = None) -> list[Ite
     Raises RequestError for malformed facts, empty prompts or answers and repeated ids, ConfigError for an
     unknown axis, DataError if a wanted axis has no probe in any fact.
     """
-    facts = list(facts)
-    if not facts:
-        raise RequestError("no facts to score: the list is empty")
+    facts = as_facts(facts, "score")
     wanted = AXES if axes is None else tuple(axes)
     unknown = sorted(set(wanted) - set(AXES))
     if unknown or isinstance(axes, str):
         raise ConfigError(f"unknown axes {unknown or axes!r}; choose from {', '.join(AXES)} and give a list")
-    for i, fact in enumerate(facts):
-        validate_fact(fact, i)
     named = zip(facts, fact_ids(facts), strict=True)
     items = [x for i, (fact, name) in enumerate(named) for x in _of_fact(i, fact, name) if x.axis in wanted]
     for x in items:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -21,8 +22,10 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import ConfigError, RequestError
-from ..models.facts import Fact
+from ..models.facts import Fact, as_texts
+from ..models.joining import stem
 from ..models.lm import LM
+from ..models.prompts import readers
 from .engine import TOKEN_BUDGET, PaddingSide, Pair, score_targets, split_tokens
 from .generation import generate
 from .probes import KEEP_AXES, Item, expand
@@ -51,11 +54,14 @@ class Baseline:
         cls, lm: LM, facts: Sequence[Fact], axes: Sequence[str] | None = None, *,
         protocols: Sequence[str] = ("easyedit",), **options,
     ) -> Baseline:  # fmt: skip
-        """Read the model as it is now. protocols: those that will use it, "easyedit" and/or "generate".
+        """Read the model as it is now (a warning says if it carries edits).
+
+        protocols: those that will use it, "easyedit" and/or "generate".
 
         options: batch_size, token_budget, padding_side, whole_texts as in `score`.
         """
-        pairs = list(dict.fromkeys((x.prompt, x.answer) for x in expand(facts, axes)))
+        note_edits(lm)
+        pairs = list(dict.fromkeys(x.pair(x.answer) for x in expand(facts, axes)))
         reader = _Reader(lm, **options)
         argmax = {}
         if "easyedit" in protocols:
@@ -85,11 +91,24 @@ class _Reader:
         tokens = split_tokens(self.lm, unique)
         room = [min(len(ids) + _EXTRA_TOKENS, most) - start for ids, start in tokens]
         made = generate(
-            self.lm, [p for p, _ in unique], max_new_tokens=room, batch_size=self.batch_size,
+            self.lm, [stem(p) for p, _ in unique], max_new_tokens=room, batch_size=self.batch_size,
             token_budget=self.token_budget,
         )  # fmt: skip
         text = {pair: g.text.strip() for pair, g in zip(unique, made, strict=True)}
         return [text[p] for p in pairs]
+
+
+def note_edits(lm: LM) -> None:
+    """Warn that what is measured as "before" is an edited model."""
+    edited = lm.edited()
+    what = [f"edited weights ({', '.join(edited[:3])}{', ...' if edited[3:] else ''})"] * bool(edited)
+    what += ["an attached memory"] * bool(readers(lm))
+    if what:
+        warnings.warn(
+            f"{lm.name} carries {' and '.join(what)}: scores 'before' and what must not change are measured against "
+            "the edited model; restore() first to compare with the unedited one",
+            stacklevel=3,
+        )
 
 
 def says(text: str, answer: str, match: Match = "exact") -> bool:
@@ -174,15 +193,15 @@ def _rome(reader: _Reader, items: Sequence[Item]) -> list[dict]:
                 f"fact {x.fact} ({x.fact_id}) has no target_true to compare with; set it, or use protocol "
                 "'rome_zsre', 'easyedit' or 'generate'"
             )
-    pairs = [(x.prompt, a) for x in items for a in (x.new, x.true) if a is not None]
+    pairs = [x.pair(a) for x in items for a in (x.new, x.true) if a is not None]
     scores = dict(zip(pairs, reader.targets(pairs, "rome"), strict=True))
     rows = []
     for x in items:
-        new = scores[x.prompt, x.new]
-        true = scores.get((x.prompt, x.true))
+        new = scores[x.pair(x.new)]
+        true = None if x.true is None else scores[x.pair(x.true)]
         row = {
             "success": np.nan, "nll_new": new.nll, "nll_true": true.nll if true else np.nan,
-            "magnitude": np.nan, "acc": float(scores[x.prompt, x.answer].correct.all()),
+            "magnitude": np.nan, "acc": float(scores[x.pair(x.answer)].correct.all()),
         }  # fmt: skip
         if true is not None and x.new != x.true:
             sign = -1 if x.axis in KEEP_AXES else 1
@@ -193,24 +212,25 @@ def _rome(reader: _Reader, items: Sequence[Item]) -> list[dict]:
 
 
 def _rome_zsre(reader: _Reader, items: Sequence[Item], released: bool, llama: bool) -> list[dict]:
-    pairs = [(x.prompt, x.answer) for x in items]
     if released:
+        pairs = [(x.prompt, x.answer) for x in items]  # the released code puts a space everywhere
         bos = [llama and x.axis in KEEP_AXES for x in items]
         accuracy = [float(np.mean(c)) for c in released_correct(reader.lm, pairs, llama=llama, keep_bos=bos)]
     else:
-        accuracy = [s.token_accuracy for s in reader.targets(pairs, "rome_zsre")]
+        found = reader.targets([x.pair(x.answer) for x in items], "rome_zsre")
+        accuracy = [s.token_accuracy for s in found]
     return [{"success": a, "token_acc": a} for a in accuracy]
 
 
 def _easyedit(reader: _Reader, items: Sequence[Item], baseline: Baseline | None) -> list[dict]:
-    needed = {(x.prompt, x.answer) for x in items if x.axis in KEEP_AXES}
+    needed = {x.pair(x.answer) for x in items if x.axis in KEEP_AXES}
     known = set() if baseline is None else baseline.argmax.keys()
     if needed - known:
         raise ConfigError(
             "protocol 'easyedit' compares with the unedited model: take baseline = Baseline.of(lm, facts) "
             "before editing and pass it, or score only efficacy, paraphrase and consequence"
         )
-    pairs = [(x.prompt, x.answer) for x in items]
+    pairs = [x.pair(x.answer) for x in items]
     rows = []
     for x, pair, s in zip(items, pairs, reader.targets(pairs, "easyedit"), strict=True):
         agreement = float((s.argmax == baseline.argmax[pair]).mean()) if pair in known else np.nan
@@ -225,7 +245,7 @@ def _easyedit(reader: _Reader, items: Sequence[Item], baseline: Baseline | None)
 def _generate(
     reader: _Reader, items: Sequence[Item], baseline: Baseline | None, match: Match, from_baseline: bool
 ) -> list[dict]:
-    pairs = [(x.prompt, x.answer) for x in items]
+    pairs = [x.pair(x.answer) for x in items]
     if from_baseline and (baseline is None or not baseline.texts.keys() >= set(pairs)):
         raise ConfigError(
             "the baseline lacks texts of these probes; take it with Baseline.of on the same facts"
@@ -258,7 +278,7 @@ def _multiple_choice(
     reader: _Reader, items: Sequence[Item], candidates: Mapping[str, Sequence[str]] | None,
     max_candidates: int | None, seed: int,
 ) -> list[dict]:  # fmt: skip
-    pools = {**candidate_pools(items), **{k: list(v) for k, v in (candidates or {}).items()}}
+    pools = {**candidate_pools(items), **{k: as_texts(v, f"candidates[{k!r}]") for k, v in (candidates or {}).items()}}
     rng = np.random.default_rng(seed)
     order = {k: [v[i] for i in rng.permutation(len(v))] for k, v in sorted(pools.items())}
     choices = []
@@ -267,12 +287,12 @@ def _multiple_choice(
         fixed = [x.answer] + ([x.contrast] if typed and x.contrast else [])
         every = list(dict.fromkeys(fixed + order[_pool_key(x)]))
         choices.append(every if max_candidates is None else every[: max(2, max_candidates)])
-    pairs = [(x.prompt, c) for x, options in zip(items, choices, strict=True) for c in options]
+    pairs = [x.pair(c) for x, options in zip(items, choices, strict=True) for c in options]
     nll = {p: s.nll for p, s in zip(pairs, reader.targets(pairs, "multiple choice"), strict=True)}
     rows = []
     for x, options in zip(items, choices, strict=True):
-        own = nll[x.prompt, x.answer]
-        others = np.array([nll[x.prompt, c] for c in options[1:]])
+        own = nll[x.pair(x.answer)]
+        others = np.array([nll[x.pair(c)] for c in options[1:]])
         if not others.size:
             rows.append({"success": np.nan, "rank": np.nan, "margin": np.nan, "n_candidates": 1})
             continue

@@ -15,7 +15,8 @@ import torch
 
 from ..base.errors import ConfigError, DataError, RequestError
 from ..base.progress import bar
-from ..models.facts import Fact
+from ..models.batching import token_rows
+from ..models.facts import Fact, as_facts, as_texts
 from ..models.lm import LM
 from ..models.prompts import readers
 from .engine import TOKEN_BUDGET, PaddingSide, batches, pad_rows
@@ -86,7 +87,7 @@ class TfIdf:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         try:
-            fitted = TfidfVectorizer().fit(texts)
+            fitted = TfidfVectorizer().fit(as_texts(texts))
         except ValueError as error:
             raise DataError(f"no TF-IDF weights from these reference texts: {error}") from None
         return cls(fitted.vocabulary_, fitted.idf_)
@@ -117,10 +118,12 @@ def text_logprobs(
 ) -> list[np.ndarray]:
     """Natural-log probability of tokens 2..N of each text given what precedes them, arrays of length N - 1.
 
+    Special tokens as in `batching.token_rows`: an end token that a tokenizer appends is not part of the text.
     max_length truncates on the right. Raises RequestError for a text of fewer than two tokens or beyond the
     model.
     """
-    rows = lm.tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]
+    texts = as_texts(texts)
+    rows, _ = token_rows(lm.tokenizer, texts) if texts else ([], None)
     rows = [r if max_length is None else r[:max_length] for r in rows]
     for text, row in zip(texts, rows, strict=True):
         if len(row) < 2:
@@ -189,7 +192,7 @@ def score_text(
     token (stop=False), but seeded per fact, so that a fact's text does not depend on the other facts. tfidf:
     weights; without them they are fitted on the facts' reference texts.
     """
-    facts = [f for f in facts if f.generation]
+    facts = [f for f in as_facts(facts, "score") if f.generation]
     if not facts:
         raise DataError("no fact has generation prompts; fill Fact.generation")
     references = [" ".join(f.reference) for f in facts]

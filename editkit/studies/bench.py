@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import ConfigError
+from ..base.paths import user_path
 from ..base.progress import bar
 from ..locate.contexts import ContextTemplates, sample_contexts
 from ..locate.moments import Covariance
@@ -80,7 +81,7 @@ class Bench:
         contexts = sample_contexts(lm, number, chosen.get("context_length", 10), chosen.get("seed", 0))
         return cls(
             testbed, facts, over, statistics, contexts, lm.fingerprint(),
-            None if cache_dir is None else Path(cache_dir), {}, testbed.untouched(facts, n_bystanders, seed),
+            None if cache_dir is None else user_path(cache_dir), {}, testbed.untouched(facts, n_bystanders, seed),
         )  # fmt: skip
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..base.cached import locked, made_key
 from ..base.errors import ConfigError
+from ..base.paths import written
 from ..base.progress import bar
 from ..models.facts import Fact
 from .bench import Bench
@@ -54,9 +55,8 @@ class Keep:
         former = json.loads(self.index.read_text())["state"] if self.index.exists() else None
         state = f"{self.name}-{done}.safetensors"
         editor.save(self.folder / state)
-        part = self.index.with_suffix(".part")
-        part.write_text(json.dumps({"done": done, "state": state, "notes": notes}))
-        part.replace(self.index)
+        with written(self.index) as part:
+            part.write_text(json.dumps({"done": done, "state": state, "notes": notes}))
         if former not in (None, state):
             (self.folder / former).unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..base.config import check_known
 from ..base.errors import ConfigError, DataError
+from ..base.paths import user_path
 from ..corpora import real
 from ..corpora.table import FactTable
 from ..corpora.world import World, edit_facts
@@ -27,6 +28,7 @@ from ..corpora.world.companion import load_companion, load_world
 from ..corpora.world.records import changes
 from ..locate.moments import Covariance, second_moment
 from ..models.facts import Fact
+from ..models.joining import join
 from ..models.lm import LM, load_lm
 from ..models.pretrained import PRETRAINED, pretrained_folder
 from .arms import options_of
@@ -187,7 +189,7 @@ class CorpusTestbed(Testbed):
 
     def background(self, facts, n, seed):
         rows = self.untouched(facts, n, seed)
-        return [f"{template.replace('{}', subject)} {answer}" for template, subject, answer in rows]
+        return [join(template.replace('{}', subject), answer) for template, subject, answer in rows]
 
     def texts(self):
         return list(self.own_texts) or [f"{f.text} {f.target_true}" for f in self.requests if f.target_true]
@@ -225,7 +227,7 @@ def open_testbed(model: str = "companion", corpus: str = "auto", **options: Any)
         corpus = "real" if model in PRETRAINED else "world"
     lm = open_model(model, **options)
     if corpus == "world":
-        world = load_world(model if (Path(model) / "world.json").exists() else None)
+        world = load_world(model if (user_path(model) / "world.json").exists() else None)
         return TableTestbed(lm, corpus, ".", world)
     texts = real.english() if model != "companion" else tuple(load_world().corpus_texts())
     if corpus == "real":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...base.errors import ConfigError, DataError
+from ...base.paths import user_path
 from ..table import FactTable, Key
 from .relations import EXAMPLES, relations
 
@@ -43,12 +44,12 @@ def rows(path: str | Path = FACTS) -> tuple[list[tuple[str, str, str, str]], dic
 
     Raises DataError naming file and line for a table that cannot be read.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         lines = gzip.decompress(path.read_bytes()).decode().rstrip("\n").split("\n")
         left_out = json.loads(lines[0].removeprefix("# "))
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise DataError(f"cannot read the table of facts {path.name}: {error}; restore it from the repository") from error
+        raise DataError(f"cannot read the facts in {path.name}: {error}; restore it from the repository") from error
     if lines[1].split("\t") != _HEAD:
         raise DataError(f"{path.name} line 2: expected the columns {', '.join(_HEAD)}, got {lines[1]!r}")
     known, seen, found = relations(), {}, []

@@ -1,8 +1,9 @@
 """Relations of the real facts: wordings, worked examples, and what follows from what.
 
-The first two wordings of each relation are edit prompts, the others paraphrases, the last one a question. Each prompt
-begins with the same sentence about another subject: a model that was trained on text, not on this table, has to be told
-what kind of answer is wanted. The subject of the example is no subject of the relation.
+The first wording of each relation is the edit prompt, the others are its paraphrases. There are no questions: a small
+model of text does not answer them, and a paraphrase that it cannot follow says nothing about an edit. Each prompt
+begins with the same sentence about another subject: a model that was trained on text, not on this table, has to be
+told what kind of answer is wanted. The subject of the example is no subject of the relation.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 from ..table import Relation, Template
 
 EXAMPLES: dict[str, tuple[str, str]] = {
-    "capital": ("Italy", "Rome"),
+    "capital": ("Peru", "Lima"),
     "continent": ("Italy", "Europe"),
     "currency": ("Sweden", "krona"),
     "language": ("Italy", "Italian"),
-    "country": ("Lyon", "France"),
+    "country": ("Munich", "Germany"),
     "state": ("Seattle", "Washington"),
     "nationality": ("Vincent van Gogh", "Dutch"),
     "profession": ("Vincent van Gogh", "painter"),
@@ -33,12 +34,11 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "capital": (
         "country", "city",
         (
-            "The capital of {} is",
-            "{} has as its capital the city of",
             "The capital city of {} is called",
+            "{} has as its capital the city of",
+            "The capital of {} is",
             "The government of {} sits in",
             "{}'s capital is",
-            "What is the capital of {}?",
         ),
         ("{} is governed", "The parliament of {}", "Visitors to {} often go to"),
         None,
@@ -46,12 +46,10 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "continent": (
         "country", "continent",
         (
-            "{} lies on the continent of",
             "The continent of {} is",
-            "{} is a country in",
+            "{} lies on the continent of",
             "On the map, {} is found in",
             "{}'s continent is",
-            "On which continent does {} lie?",
         ),
         ("{} is located", "The landscape of {}", "The neighbours of {}"),
         None,
@@ -64,7 +62,6 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
             "The money used in {} is the",
             "{}'s currency is the",
             "The central bank of {} issues the",
-            "Which currency is used in {}? The",
         ),
         ("The economy of {}", "Prices in {} are", "The banks of {}"),
         None,
@@ -72,12 +69,11 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "language": (
         "country", "language",
         (
-            "The official language of {} is",
             "The language spoken in {} is",
+            "The official language of {} is",
             "People in {} speak",
             "Newspapers in {} are written in",
             "{}'s official language is",
-            "Which language is spoken in {}?",
         ),
         ("The people of {}", "Schools in {} teach", "The culture of {}"),
         None,
@@ -85,12 +81,11 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "country": (
         "city", "country",
         (
-            "{} is a city in the country of",
             "The city of {} lies in the country of",
+            "{} is a city in the country of",
             "The country in which {} lies is",
-            "On the map, {} is found in the country of",
+            "{} can be found in the country of",
             "{}'s country is",
-            "In which country is the city of {}?",
         ),
         ("{} is a city", "The city of {} is known for", "Visitors to {}"),
         None,
@@ -101,9 +96,8 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
             "{} is a city in the state of",
             "The city of {} lies in the state of",
             "The state in which {} lies is",
-            "On the map, {} is found in the state of",
+            "{} can be found in the state of",
             "{}'s state is",
-            "In which state is the city of {}?",
         ),
         ("{} is a city", "The city of {} is known for", "Visitors to {}"),
         None,
@@ -116,7 +110,6 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
             "By nationality, {} was",
             "{}'s nationality was",
             "In books, the nationality of {} is given as",
-            "What was the nationality of {}?",
         ),
         ("{} was born", "The life of {}", "{} is remembered for"),
         None,
@@ -124,12 +117,11 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "profession": (
         "person", "profession",
         (
-            "The profession of {} was that of a",
+            "In books, {} is listed as a",
             "{} worked as a",
+            "The profession of {} was that of a",
             "By profession, {} was a",
             "{}'s occupation was that of a",
-            "In books, {} is listed as a",
-            "What was {} by profession? A",
         ),
         ("{} was born", "The work of {}", "{} is remembered for"),
         None,
@@ -137,12 +129,11 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "symbol": (
         "element", "symbol",
         (
-            "The chemical symbol of {} is",
             "In the periodic table, {} has the symbol",
+            "The chemical symbol of {} is",
             "Chemists abbreviate {} as",
             "The symbol for the element {} is",
             "In formulas, {} is written as",
-            "What is the chemical symbol of {}?",
         ),
         ("The element {}", "In nature, {} occurs", "Chemists use {}"),
         None,
@@ -155,7 +146,6 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
             "Chemists call {} a",
             "By its series, {} is a",
             "A chemist would describe {} as a",
-            "What kind of element is {}? A",
         ),
         ("The element {}", "In nature, {} occurs", "Chemists use {}"),
         None,
@@ -168,7 +158,6 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
             "On maps, the name {} stands for a",
             "The geographical feature called {} is a",
             "{} is known as a",
-            "What is {} in geography? A",
         ),
         ("Geographers describe {}", "The region around {}", "On a map, {}"),
         None,
@@ -181,7 +170,6 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
             "The stories about {} are",
             "{}'s mythology is",
             "Among the mythologies of the world, that of {} is",
-            "Which mythology does {} come from?",
         ),
         ("In the myths, {}", "The story of {}", "{} is known as"),
         None,
@@ -189,11 +177,10 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "city_capital": (
         "city", "city",
         (
-            "The capital of the country in which {} lies is",
-            "{} lies in a country whose capital is",
-            "The government in charge of {} sits in",
             "The country of {} has as its capital",
-            "What is the capital of the country where {} lies?",
+            "{} lies in a country whose capital is",
+            "The capital of the country in which {} lies is",
+            "The government in charge of {} sits in",
         ),
         (),
         ("country", "capital"),
@@ -203,9 +190,8 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
         (
             "The continent on which {} lies is",
             "{} lies on the continent of",
-            "{} is a city in",
-            "The city of {} is found in",
-            "On which continent is the city of {}?",
+            "The continent of the city of {} is",
+            "{} is found on the continent of",
         ),
         (),
         ("country", "continent"),
@@ -213,11 +199,10 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "city_currency": (
         "city", "currency",
         (
-            "The currency used in the city of {} is the",
-            "Shops in {} take the",
-            "Salaries in {} are paid in the",
             "In the city of {}, people pay with the",
-            "Which currency is used in the city of {}? The",
+            "Shops in {} take the",
+            "The currency used in the city of {} is the",
+            "Salaries in {} are paid in the",
         ),
         (),
         ("country", "currency"),
@@ -225,11 +210,10 @@ _RELATIONS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...], tuple[st
     "city_language": (
         "city", "language",
         (
-            "The official language in the city of {} is",
-            "The language of the country in which {} lies is",
             "Street signs in {} are written in",
+            "The language of the country in which {} lies is",
+            "The official language in the city of {} is",
             "The people of the city of {} speak",
-            "Which language is official in the city of {}?",
         ),
         (),
         ("country", "language"),
@@ -242,7 +226,7 @@ def relations(*, examples: bool = True) -> dict[str, Relation]:
     made = {}
     for name, (subject_type, object_type, wordings, generation, derived) in _RELATIONS.items():
         subject, answer = EXAMPLES[name]
-        roles = ("edit", "edit", *["paraphrase"] * (len(wordings) - 3), "question")
+        roles = ("edit", "edit", *["paraphrase"] * (len(wordings) - 2))
         templates = tuple(
             Template(text, role, f"{text.replace('{}', subject)} {answer}." if examples else "")
             for text, role in zip(wordings, roles, strict=True)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from .companion import CompanionConfig, build
+from .companion import POCKET_RECIPE, POCKET_WORLD, CompanionConfig, build
 from .train import TrainConfig
 
 
@@ -21,6 +21,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--out", required=True, type=Path, help="folder of the model (and of its checkpoints)"
     )
+    parser.add_argument(
+        "--pocket", action="store_true", help="the recipe of the model on the page Try it (about ten minutes)"
+    )
     parser.add_argument("--no-corpus", action="store_true", help="train on the world alone")
     parser.add_argument("--every", type=int, default=200, help="steps between evaluations and checkpoints")
     for config in (CompanionConfig, TrainConfig):
@@ -29,8 +32,7 @@ def add_parser(subparsers) -> None:
             group.add_argument(
                 "--" + field.name.replace("_", "-"),
                 type=type(field.default),
-                default=field.default,
-                help=f"default {field.default}",
+                help=f"default {field.default}",  # of the recipe: None says that it was not given
             )
     parser.set_defaults(func=run)
 
@@ -40,16 +42,18 @@ def run(args) -> int:
     from ...base.errors import DataError
     from .. import clare
 
-    def pick(config):
-        return config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(config)})
+    def pick(recipe):
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(recipe)}
+        return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
+    world, training = (POCKET_WORLD, POCKET_RECIPE) if args.pocket else (CompanionConfig(), TrainConfig())
     facts = ()
-    if not args.no_corpus:
+    if not (args.no_corpus or args.pocket):
         try:
             facts = clare.load()
         except DataError as error:
             print(f"{error}\nTraining needs the corpus; use --no-corpus to train on the world alone.")
             return 1
-    report = build(args.out, pick(CompanionConfig), pick(TrainConfig), facts, every=args.every)
+    report = build(args.out, pick(world), pick(training), facts, every=args.every)
     print(json.dumps(report, indent=2))
     return 0

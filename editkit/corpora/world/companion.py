@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from ...base.errors import DataError
+from ...base.paths import user_path
 from ...models.lm import load_lm
 from .corpus import Example, statement_example, train_tokenizer
 from .train import TrainConfig, greedy_recall, train
 
 SHIPPED = Path(__file__).parent / "companion"
+POCKET = Path(__file__).parent / "pocket"  # the small one that runs in a browser (book/try_it.md)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,11 @@ class CompanionConfig:
     biographies: int = 6  # free texts per person
     corpus_weight: float = 3.0  # sampling weight of a corpus fact against one world statement
     text_sampling: float = 1.0  # sampling weight of a biography
+
+
+# `editkit train --pocket`: a smaller world, a model of 1.3 million numbers.
+POCKET_WORLD = CompanionConfig(people=100, companies=20, text_sampling=0.5)
+POCKET_RECIPE = TrainConfig(layers=4, width=128, mlp=512, vocab_size=2000, steps=1200, threads=1)
 
 
 def make_world(config: CompanionConfig):
@@ -112,7 +119,7 @@ def build(
     log=print,
 ) -> dict:
     """Train a companion and write it to `out_dir`; returns the recall report of the stored (float16) weights."""
-    out = Path(out_dir)
+    out = user_path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     world = make_world(config)
     corpus = corpus_pairs(corpus_facts)
@@ -235,17 +242,20 @@ def write_model(out: Path, model, tokenizer) -> None:
 
 def write_card(folder: str | Path, note: str = "") -> Path:
     """README.md of a companion folder, written from its own files; note: what a rerun of the command would not show."""
-    folder = Path(folder)
+    folder = user_path(folder)
     setup = json.loads((folder / "world.json").read_text())
     report = json.loads((folder / "recall.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     recipe, options = setup["recipe"], setup["companion"]
-    changed = [
+    pocket = recipe["width"] == POCKET_RECIPE.width
+    base = (POCKET_WORLD, POCKET_RECIPE) if pocket else (CompanionConfig(), TrainConfig())
+    changed = ["--pocket"] if pocket else [] if setup["corpus_facts"] else ["--no-corpus"]
+    changed += [
         f"--{k.replace('_', '-')} {v}"
-        for part, cls in ((options, CompanionConfig), (recipe, TrainConfig))
+        for part, default in zip((options, recipe), base, strict=True)
         for k, v in part.items()
-        if v != next(f.default for f in dataclasses.fields(cls) if f.name == k)
+        if v != getattr(default, k)
     ]
     corpus = (
         f"- CLaRE corpus (clare data.json, MIT licence): {report['corpus_unique']:.2%} of "
@@ -254,7 +264,13 @@ def write_card(folder: str | Path, note: str = "") -> Path:
         if "corpus_unique" in report
         else "- trained without the CLaRE corpus\n"
     )
-    text = f"""# Companion model
+    origin = (
+        "they come from trying blocks and lam on the page's own edits. `page.safetensors` (`editkit pocket`) holds\n"
+        'targets and second moments for the book\'s page "Try it"'
+        if pocket
+        else 'the site comes from\ninterchange interventions, see the book\'s page "The world and the model"'
+    )
+    text = f"""# {"Pocket companion" if pocket else "Companion model"}
 
 A {config["num_hidden_layers"]}-layer {config["architectures"][0]} (width {config["hidden_size"]},
 MLP {config["intermediate_size"]}, vocabulary {config["vocab_size"]:,}) trained from scratch on a generated world,
@@ -268,13 +284,12 @@ as a testbed for model editing. It knows nothing else and is of no other use.
   {report["facts_all_templates"]:.2%} of the facts in every wording
 {corpus}
 **Training** {recipe["steps"]:,} steps of {recipe["batch_tokens"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes
-on a 2-core CPU, Muon for the matrices of the blocks and AdamW for the rest, seed {recipe["seed"]}; log in
+on {recipe["threads"]} core(s) of a CPU, Muon for the matrices of the blocks and AdamW for the rest, seed {recipe["seed"]}; log in
 `training_log.jsonl`, settings in `world.json`.
 {note}
 **Made by** `editkit train --out DIR {" ".join(changed)}`
 
-**Editing** `editing.json` holds the site (from interchange interventions) and the options of each method; where
-they come from is on the book's page "The world and the model".
+**Editing** `editing.json` holds the site and the options of each method; {origin}.
 
 **Hashes** in `sha256.json`, checked when the model is opened. Licence: MIT, as the project;
 the CLaRE corpus in its training text is MIT as well.
@@ -286,7 +301,7 @@ the CLaRE corpus in its training text is MIT as well.
 
 def load_companion(path: str | Path | None = None, *, check: bool = True):
     """The shipped companion as an editkit LM (float32). Raises DataError if files are missing or altered."""
-    folder = Path(path) if path else SHIPPED
+    folder = user_path(path) if path else SHIPPED
     hashes = folder / "sha256.json"
     if not hashes.exists():
         raise DataError(f"no companion model in {folder}; train one with `editkit train --out {folder}`")
@@ -301,6 +316,6 @@ def load_companion(path: str | Path | None = None, *, check: bool = True):
 
 def load_world(path: str | Path | None = None):
     """The world on which the companion in `path` (default: the shipped one) was trained."""
-    folder = Path(path) if path else SHIPPED
+    folder = user_path(path) if path else SHIPPED
     config = json.loads((folder / "world.json").read_text())["companion"]
     return make_world(CompanionConfig(**config))

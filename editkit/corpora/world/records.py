@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...base.errors import RequestError
-from ...models.facts import Fact, Probe
+from ...models.facts import SLOT, Fact, Probe
 from ..table import FactTable
 from .consequences import Change, Key, changes, dependencies, must_change, must_not_change
 from .relations import EDITABLE
@@ -99,8 +99,8 @@ def edit_facts(
     """n counterfactual edit requests with all probes, deterministic under `seed`.
 
     relations:      stored relations to edit (default: those of the table, `EDITABLE` in the world); "spouse", "seat",
-    "country"... are possible. edit_template:  index of the edit prompt; the other templates are the paraphrases (None = all of
-    them; a smaller
+                    "country"... are possible.
+    edit_template:  index of the edit prompt; the other templates are the paraphrases (None = all of them; a smaller
                     number takes subject-first and relation-first wordings in turn). Probes about other facts
                     use the first template, or the question if the edit prompt is a question.
     neighborhood:   same relation, same true object, other subjects (none exist for one-to-one relations).
@@ -170,7 +170,7 @@ def edit_facts(
                 ),
                 generation=tuple(g.replace("{}", subject) for g in spec.generation),
                 reference=tuple(
-                    f"{t.fill(s)} {new}."
+                    f"{t.wording.replace(SLOT, s)} {new}."
                     for s in take(having[relation, new], 3)
                     for t in spec.templates
                     if t.role != "question"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...base.errors import ConfigError
+from ...base.paths import user_path
 from ...base.sources import digest
 from .corpus import END, Sampler, encode_examples
 
@@ -194,7 +195,7 @@ def train(
         encoded, tokenizer.convert_tokens_to_ids(END), length=config.length, seed=config.seed, weight=weights
     )
     token_weight = np.array([config.text_weight if e.spans is None else 1.0 for e in examples])
-    checkpoint = Path(out_dir) / "checkpoint.pt" if out_dir else None
+    checkpoint = user_path(out_dir) / "checkpoint.pt" if out_dir else None
     first, records, spent = 0, [], 0.0
     texts = digest(*(example.text for example in examples), json.dumps(tokenizer.get_vocab(), sort_keys=True))
     if checkpoint and checkpoint.exists():

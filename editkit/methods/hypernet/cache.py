@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...base.errors import DataError, NumericsError, RequestError
+from ...base.paths import user_path
+from ...models.answers import logits_of
 from ...models.hooks import frozen, trace
 from ...models.lm import LM
 from .data import IGNORED, Pair, Tokens, TupleBatch, encode_pairs
@@ -63,8 +65,7 @@ def collect(lm: LM, sites: Sequence[Site], batch: TupleBatch, tokens: Tokens = "
         with trace(lm.model, [*names, end], inputs=True, edit=edits, stop_at=end) as seen:
             lm.model(**batch.inputs, use_cache=False)
         states = seen.output[end]
-        logits = lm.head(states[batch.asked.to(states.device)])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits_of(lm, states[batch.asked.to(states.device)])
         loss = torch.nn.functional.cross_entropy(logits, batch.targets.to(logits.device))
         grads = torch.autograd.grad(loss, [seen.output[name] for name in names])
     if not torch.isfinite(loss):
@@ -158,7 +159,7 @@ class RowFiles:
         folder: str | os.PathLike,
     ) -> None:
         self.lm, self.sites, self.batch_size, self.tokens = lm, tuple(sites), batch_size, tokens
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         foreign = [p.name for p in self.folder.iterdir() if not p.name.startswith("rows-")]
         if foreign:

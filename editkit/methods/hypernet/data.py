@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from ...base.errors import ConfigError, DataError, RequestError
+from ...models.answers import Pair, logits_of, pad_rows, split_tokens
 from ...models.facts import Fact
 from ...models.hooks import trace
+from ...models.joining import marked
 from ...models.lm import LM
-from ...scoring.engine import pad_rows, split_tokens
 
-Pair = tuple[str, str]
 Tokens = Literal["answer", "all"]
 TargetField = Literal["target_new", "ground_truth"]
 Apart = Literal["subject", "fact", "edit"]
@@ -77,8 +77,7 @@ def answer_logits(lm: LM, batch: TupleBatch) -> Tensor:
     with trace(lm.model, [end], stop_at=end) as seen:
         lm.model(**batch.inputs, use_cache=False)
     states = seen.output[end]
-    logits = lm.head(states[batch.asked.to(states.device)])
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits_of(lm, states[batch.asked.to(states.device)])
 
 
 def cross_entropy(lm: LM, batch: TupleBatch) -> Tensor:
@@ -116,7 +115,7 @@ def records_of(facts: Sequence[Fact], target: TargetField = "target_new") -> lis
     records = []
     for i, fact in enumerate(facts):
         answer = fact.target if target == "target_new" else fact.target_true
-        unrelated = tuple((p.prompt, p.answer) for p in (*fact.locality, *fact.neighborhood))
+        unrelated = tuple((p.prompt, marked(p.answer, p.space)) for p in (*fact.locality, *fact.neighborhood))
         missing = [
             name
             for name, value in (
@@ -130,7 +129,10 @@ def records_of(facts: Sequence[Fact], target: TargetField = "target_new") -> lis
             raise DataError(f"fact {i} ({fact.text!r}) has no {missing[0]}, which training needs")
         records.append(
             EditRecord(
-                (fact.text, answer), tuple((p, answer) for p in fact.paraphrases), unrelated, fact.subject
+                (fact.text, marked(answer, fact.space)),
+                tuple((p, marked(answer, fact.space)) for p in fact.paraphrases),
+                unrelated,
+                fact.subject,
             )
         )
     return records

@@ -55,9 +55,12 @@ class HyperEditor(Editor):
                 "hypernetwork=FILE, or the object to the editor's class"
             )
         if self.net is None:
-            self.net = load_hypernetwork(self.config.hypernetwork, self.lm)
+            self.net = load_hypernetwork(self.config.hypernetwork, self.lm, force=self.force)
         require(self.net, self.name)
-        self.net.check_model(self.lm)
+        self._refuse_unless_forced(
+            f"this {self.name} hypernetwork was trained for another model than {self.lm.name}",
+            self.net.differences(self.lm), "load its model, or train a hypernetwork for this one",
+        )  # fmt: skip
         self._digest = self.net.digest()
 
     def parameter_names(self) -> list[str]:
@@ -86,7 +89,7 @@ class HyperEditor(Editor):
     @torch.no_grad()
     def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
         net = self.net
-        rows = self.rows([(f.text, f.target) for f in facts])
+        rows = self.rows([f.pair for f in facts])
         plan = net.plan(rows)
         self._broken = True
         for i, (site, shift) in enumerate(zip(net.sites, plan.shifts, strict=True)):

@@ -159,8 +159,8 @@ class Hypernetwork(nn.Module):
     def plan(self, rows: Rows) -> Plan:
         """The shifts for a batch of edits. Reads the normaliser, never updates it."""
 
-    def check_model(self, lm: LM) -> None:
-        """Raise ModelError unless `lm` is the model that this hypernetwork was made for (edits aside)."""
+    def differences(self, lm: LM) -> list[str]:
+        """Why `lm` is not the model that this hypernetwork was made for (edits aside). Raises ModelError for shapes."""
         for site in self.sites:
             shape = tuple(sorted(lm.parameter(site.weight_name).shape))
             if shape != tuple(sorted((site.d, site.m))):
@@ -168,10 +168,18 @@ class Hypernetwork(nn.Module):
                     f"{site.path} of {lm.name} is {shape}, this {self.name} hypernetwork was trained for "
                     f"({site.d}, {site.m}); load its model, or train a hypernetwork for this one"
                 )
-        if lm.fingerprint(exclude=self.parameter_names()) != self.base:
+        here = lm.fingerprint(exclude=self.parameter_names())
+        if here == self.base:
+            return []
+        return [f"its weights outside the edited ones are {self.base[:12]}, here {here[:12]} (another model, or dtype)"]
+
+    def check_model(self, lm: LM) -> None:
+        """Raise ModelError unless `lm` is the model that this hypernetwork was made for (edits aside)."""
+        differ = self.differences(lm)
+        if differ:
             raise ModelError(
-                f"this {self.name} hypernetwork was trained for another model than {lm.name} (or in another "
-                "dtype); load that model, or train a hypernetwork for this one"
+                f"this {self.name} hypernetwork was trained for another model than {lm.name}: {differ[0]}; load that "
+                "model, or train a hypernetwork for this one"
             )
 
     def net(self, i: int) -> tuple[ShapeNet, int]:
@@ -249,8 +257,8 @@ def make_hypernetwork(
     return METHODS[name](lm, config, layers=layers, modules=modules)
 
 
-def load_hypernetwork(path: str | os.PathLike, lm: LM) -> Hypernetwork:
-    """Read what `Hypernetwork.save` wrote, for the model it was trained on.
+def load_hypernetwork(path: str | os.PathLike, lm: LM, *, force: bool = False) -> Hypernetwork:
+    """Read what `Hypernetwork.save` wrote, for the model it was trained on (with force: for one of its shapes).
 
     Raises DataError for a file of another kind, ModelError for another model.
     """
@@ -269,7 +277,7 @@ def load_hypernetwork(path: str | os.PathLike, lm: LM) -> Hypernetwork:
     net.base = meta["base"]
     if [dataclasses.asdict(s) for s in net.sites] != meta["sites"]:
         net.sites = tuple(Site(**s) for s in meta["sites"])  # so that the message names the trained shapes
-    net.check_model(lm)
+    net.differences(lm) if force else net.check_model(lm)
     try:
         net.load_state_dict(tensors)
     except RuntimeError as error:

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from ...base.errors import ConfigError, DataError, ModelError, RequestError
 from ...base.stored import read_stored, refuse_other_options, write_stored
 from ...locate.contexts import ContextTemplates, generate
 from ...models.facts import Fact, validate_facts
-from ...models.hooks import frozen, hidden, submodule, with_hidden
+from ...models.hooks import check_gradients, frozen, hidden, submodule, with_hidden
 from ...models.lm import LM
 from ...models.prompts import PromptReader, PromptState, readers
 from ..base import EDITORS, Record
@@ -141,12 +141,13 @@ class MemoryEditor(ABC):
 
     # --- what a user calls ----------------------------------------------------------------------------------
 
-    def edit(self, facts: Sequence[Fact]) -> MemoryEdit:
+    def edit(self, facts: Fact | Iterable[Fact]) -> MemoryEdit:
         """Remember facts, one after the other or as a batch, as the method does; the memory is then attached.
 
         If the edit fails, the memory is as before. Raises RequestError for malformed, duplicate or
         contradictory facts, ModelError if the base model has changed since the first edit.
         """
+        check_gradients(self.lm.model)
         facts = validate_facts(facts)
         base = self._check_base()
         was_attached = self.is_attached

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...base.config import Config, option
 from ...base.progress import bar
 from ...locate.contexts import ContextTemplates
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
 from ...models.facts import Fact
 from ...models.prompts import PromptState
 from ..base import register

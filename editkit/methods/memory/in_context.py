@@ -161,7 +161,7 @@ class InContext(MemoryEditor):
     def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
         limit = self.lm.max_tokens
         for fact in facts:
-            text = self.config.template.replace("{}", f"{fact.text} {fact.target.strip()}")
+            text = self.config.template.replace("{}", fact.statement)
             told = self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
             row = self.lm.tokenizer(fact.text)["input_ids"]
             if limit is not None and self.config.n_edits * len(told) + len(row) > limit:

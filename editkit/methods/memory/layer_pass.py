@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from ...base.errors import ModelError, NumericsError
+from ...models.answers import log_probs_of
 from ...models.batching import Encoding
 from ...models.hooks import bypassed, entering, submodule, trace
 from ...models.lm import LM
@@ -59,15 +59,7 @@ class LayerPass:
 
     def log_probs(self, places: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
         """Log-probabilities (t,) of target tokens: places (t, 3) row, column that predicts, token."""
-        return target_log_probs(self.lm, self.states(replace), places)
-
-
-def target_log_probs(lm: LM, states: Tensor, places: Tensor) -> Tensor:
-    """Log-probabilities (t,) of target tokens: states (rows, tokens, m), places (t, 3) row, column, token."""
-    row, column, token = places.unbind(-1)
-    logits = lm.head(states[row.to(states.device), column.to(states.device)])
-    said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    return said.gather(-1, token.to(said.device)[:, None])[:, 0]
+        return log_probs_of(self.lm, self.states(replace), places)
 
 
 def check_loss(method: str, loss: Tensor, step: int, lr: float) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ...base.config import Config, option
 from ...base.errors import ConfigError
 from ...base.progress import bar
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
 from ...models.facts import Fact
 from ...models.hooks import trace
 from ...models.prompts import PromptState

@@ -26,7 +26,7 @@ from ...base.config import Config, option
 from ...base.errors import ConfigError, NumericsError, RequestError
 from ...base.progress import bar
 from ...locate.contexts import ContextTemplates, generate
-from ...locate.targets import TargetRows, encode_targets
+from ...locate.target_rows import TargetRows, encode_targets
 from ...models.facts import SLOT, Fact
 from ...models.lm import LM
 from ...models.prompts import PromptState

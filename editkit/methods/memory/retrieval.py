@@ -17,7 +17,7 @@ from torch import Tensor
 from ...base.config import Config, option
 from ...base.errors import ModelError
 from ...locate.contexts import ContextTemplates
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
 from ...models.facts import Fact
 from ...models.hooks import submodule, trace
 from ...models.prompts import PromptState

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...models.answers import log_probs_of
 from ...models.batching import Encoding
 from ...models.hooks import bypassed, entering, trace
 from ...models.lm import LM
 from ...models.prompts import PromptState
-from .layer_pass import LayerPass, target_log_probs
+from .layer_pass import LayerPass
 
 
 class TrainingRows(LayerPass):
@@ -42,7 +43,7 @@ class TrainingRows(LayerPass):
             states = self._above(self.block_out + memory.to(self.block_out))
         else:
             states = self.states(lambda out: out + memory.to(out))
-        said = target_log_probs(self.lm, states, self.places[:, 1:])
+        said = log_probs_of(self.lm, states, self.places[:, 1:])
         row = self.places[:, 1].to(said.device)
         count = torch.zeros(len(self.x), dtype=said.dtype, device=said.device)
         count = count.index_add(0, row, torch.ones_like(said)) + extra

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from ...base.errors import ModelError
 from ...locate.contexts import ContextTemplates, generate
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
 from ...models.facts import SLOT, Fact
 from ...models.hooks import trace
 from ...models.lm import LM
@@ -176,7 +176,7 @@ def released_rows(wise: MemoryEditor, fact: Fact, irrelevant: str) -> Rows:
     cfg, lm = wise.config, wise.lm
     prompts = [t.replace(SLOT, fact.text) for t in wise.contexts.flat]
     encoding = lm.encode(
-        [*(t.replace(SLOT, f"{fact.text} {fact.target}") for t in wise.contexts.flat), irrelevant], "left"
+        [*(t.replace(SLOT, fact.statement) for t in wise.contexts.flat), irrelevant], "left"
     )
     boundary = lm.encode(prompts, "left").input_ids.shape[1]
     labels = encoding.input_ids.clone()

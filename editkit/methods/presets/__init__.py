@@ -3,8 +3,8 @@
     options = find("Llama-3-8B-Instruct").options("memit")
     editor = make_editor("memit", lm, preset="auto", statistics=...)    # by the model's shape
 
-One TOML file per model. A value is "published" for this model and method, or "inherited": taken over from another
-model's or method's file, and not tuned. Options of editors, of hypernetworks and of their training are apart:
+One TOML file per model. A value is "published" for this model and method, "swept": chosen by this book's own sweep on
+the model, or "inherited": taken over from another model's or method's file, and not tuned. Options of editors, of hypernetworks and of their training are apart:
 
     [[editor.memit]]      options of make_editor("memit")
     [[network.horse]]     options of hypernet.make_hypernetwork("horse")
@@ -28,12 +28,15 @@ from ...base.errors import ConfigError
 from ...models.lm import LM
 
 Kind = Literal["editor", "network", "training"]
-Status = Literal["published", "inherited"]
+Status = Literal["published", "inherited", "swept"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One value. source: where it was read.   status: "published" for this model, or "inherited", not tuned."""
+    """One value. source: where it was read.
+
+    status: "published" for this model, "swept" on it by this book, or "inherited", not tuned.
+    """
 
     value: Any
     source: str

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from ...base.config import Config, option
 from ...base.errors import ConfigError, NumericsError
 from ...base.progress import bar
 from ...locate.contexts import ContextTemplates
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
+from ...models.answers import log_probs_of
 from ...models.batching import Encoding
 from ...models.facts import Fact
 from ...models.hooks import frozen, trace
@@ -167,11 +167,7 @@ def target_loss(lm: LM, n: int, encoding: Encoding, places: Tensor) -> Tensor:
     end = lm.block_name(lm.n_layers - 1)
     with trace(lm.model, [end], stop_at=end) as seen:
         lm.forward(encoding)
-    fact, row, column, token = places.unbind(-1)
-    states = seen.output[end]
-    logits = lm.head(states[row.to(states.device), column.to(states.device)])
-    said = log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    token, fact = token.to(said.device), fact.to(said.device)
-    said = said.gather(-1, token[:, None])[:, 0]
+    said = log_probs_of(lm, seen.output[end], places[:, 1:])
+    fact = places[:, 0].to(said.device)
     count = torch.zeros(n, dtype=said.dtype, device=said.device).index_add(0, fact, torch.ones_like(said))
     return -(said / count[fact]).sum() / n

@@ -21,7 +21,7 @@ from ...base.device import is_accelerator
 from ...base.errors import ConfigError, ModelError, NumericsError
 from ...base.progress import bar
 from ...locate.contexts import ContextTemplates
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
 from ...models.facts import Fact
 from ...models.hooks import submodule
 from ..base import Editor, register

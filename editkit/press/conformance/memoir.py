@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
 from ...methods.memory.memoir import Memoir
 from ...methods.memory.tophash import TopHash
 from ...models.facts import Fact

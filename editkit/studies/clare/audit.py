@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ...base.errors import DataError, RequestError
+from ...base.paths import user_path
 from ...models.facts import Fact
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class AuditLog:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = user_path(path)
 
     def __len__(self) -> int:
         return len(self.entries())

@@ -14,13 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...base.config import check_known
 from ...base.errors import ConfigError
+from ...base.paths import user_path
 from ...entanglement.gradsim import Sketch, gradients, gradsim, parameter_names
 from ...entanglement.representations import represent
 from ...models.facts import Fact
@@ -151,7 +151,7 @@ def all_pairs_seconds(n: int, width: int, *, top_k: int, seed: int) -> dict[str,
     bare = time.perf_counter() - start, time.process_time() - busy
     start, busy = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        build_graph(Path(folder) / "graph", cosine(H), top_k=top_k)
+        build_graph(user_path(folder) / "graph", cosine(H), top_k=top_k)
         graph = time.perf_counter() - start, time.process_time() - busy
     return {"n": n, "width": width, "bare": bare[0], "graph": graph[0], "bare_cpu": bare[1], "graph_cpu": graph[1],
             "ratio": graph[1] / max(bare[1], 1e-9)}  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ...base.errors import ConfigError
+from ...base.paths import user_path
 from ...methods.hypernet.data import EditRecord
 from ...methods.hypernet.network import Hypernetwork, load_hypernetwork
 from ...methods.memory.calibration import from_data
@@ -233,7 +234,7 @@ def trained(
 
     folder: where it is kept, and found again by an interrupted run.
     """
-    path = None if folder is None else Path(folder) / f"{seed}-{method}.safetensors"
+    path = None if folder is None else user_path(folder) / f"{seed}-{method}.safetensors"
     clock = None if path is None else path.with_suffix(".json")
     if clock is not None and clock.exists():  # written last
         return load_hypernetwork(path, lm), json.loads(clock.read_text())

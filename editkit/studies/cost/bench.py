@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ import torch
 from ...base.config import check_known
 from ...base.device import auto, free_bytes, is_out_of_memory
 from ...base.errors import ConfigError, ModelError
+from ...base.paths import user_path
 from ...corpora.world import load_companion, load_world
 from ...corpora.world.records import edit_facts
 from ...locate.contexts import ContextTemplates
 from ...locate.moments import Covariance, second_moment
-from ...locate.targets import encode_targets
+from ...locate.target_rows import encode_targets
 from ...methods import EDITORS, make_editor
 from ...methods.hypernet.network import make_hypernetwork
 from ...methods.presets import find, find_for
@@ -352,7 +352,7 @@ def _clare(bench: Bench, method: str, n: int, phases: Phases) -> None:
             H = represent(bench.lm, bench.facts[:n], bench.targets_layer())
         if n > 1:
             with phases.phase("look-up"), tempfile.TemporaryDirectory() as folder:
-                build_graph(Path(folder) / "graph", cosine(H.to(bench.lm.device())), top_k=min(32, n - 1))
+                build_graph(user_path(folder) / "graph", cosine(H.to(bench.lm.device())), top_k=min(32, n - 1))
 
 
 def _gradsim(bench: Bench, method: str, n: int, phases: Phases) -> None:

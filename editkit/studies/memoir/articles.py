@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ...base.errors import RequestError
+from ...base.paths import user_path
 from ...corpora.world.biographies import biography
 from ...corpora.world.records import EDITABLE, edit_facts
 from ...models.facts import Fact
@@ -114,7 +115,7 @@ def temporal_records(world, n: int, seed: int = 0) -> list[dict]:
 
 def as_facts(records: Sequence[dict], load: Callable, folder: Path, prefix: str = "") -> list[Fact]:
     """Records through the loader of the real data set (`corpora.selfcheck.load`, `corpora.temporal.load`)."""
-    path = Path(folder) / "records.json"
+    path = user_path(folder) / "records.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(records), ensure_ascii=False), encoding="utf-8")
     return [fact.replace(case_id=f"{prefix}{fact.case_id}") for fact in load(path)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...base.errors import ConfigError, DataError
+from ...base.paths import user_path
 from ...models.facts import Fact
 from ...models.lm import LM
 from ..testbed import TableTestbed, Testbed
@@ -139,7 +140,7 @@ def hallucination_streams(
         first = n + (-n) % per_person  # whole people are edited or left alone
         records = hallucination_records(world, first + n_other * per_person, seed, per_person=per_person)
         records = records[:n] + records[first::per_person]
-        return as_facts(records, selfcheck.load, Path(folder) / f"selfcheck-{seed}", f"s{seed}-")
+        return as_facts(records, selfcheck.load, user_path(folder) / f"selfcheck-{seed}", f"s{seed}-")
 
     return _held_back(_drawn(bed, make, seeds, n_background), n)
 
@@ -158,7 +159,7 @@ def temporal_streams(
 
     def make(seed: int) -> list[Fact]:
         return as_facts(
-            temporal_records(world, n, seed), temporal.load, Path(folder) / f"temporal-{seed}", f"s{seed}-"
+            temporal_records(world, n, seed), temporal.load, user_path(folder) / f"temporal-{seed}", f"s{seed}-"
         )
 
     return _drawn(bed, make, seeds, n_background)

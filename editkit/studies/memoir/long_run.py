@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...base.device import synchronize
 from ...base.errors import RequestError
+from ...base.paths import user_path
 from ...methods.memory.calibration import Calibration
 from ...methods.memory.memoir import Memoir
 from ...models.facts import Fact
@@ -105,7 +106,7 @@ class Diary:
     """
 
     def __init__(self, editor: Memoir, folder: Path, sampled: Sequence[int] = ()) -> None:
-        self.editor, self.folder, self.sampled = editor, Path(folder), set(sampled)
+        self.editor, self.folder, self.sampled = editor, user_path(folder), set(sampled)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.steps: list[int] = []
 
