@@ -62,7 +62,7 @@ def test_a_fingerprint_sees_adapters_and_whether_they_are_on():
     lm = make_lm("llama")
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["down_proj"]), lm.model)
     lm.model.eval()
-    before, layers = lm.fingerprint(), [m for m in lm.model.modules() if hasattr(m, "enable_adapters")]
+    before, layers = lm.fingerprint(), [m for m in lm.model.modules() if hasattr(m, "lora_A")]
     for layer in layers:
         layer.enable_adapters(False)
     assert lm.fingerprint() != before
