@@ -158,6 +158,12 @@ def readers(lm: LM) -> list[PromptReader]:
     return [owner for owner in owners if isinstance(owner, PromptReader)]
 
 
+def check_unread(lm: LM, what: str) -> None:
+    """Raise ModelError if a memory is attached: `what` would be of the model with it, under the model's name."""
+    if readers(lm):
+        raise ModelError(f"a memory is attached to {lm.name}, and {what} is for the model alone; detach() it first")
+
+
 @contextmanager
 def prompts(lm: LM, lengths: Sequence[int] | Tensor) -> Iterator[None]:
     """Tell attached memories how many tokens of each row are prompt (padding not counted).
