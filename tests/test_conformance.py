@@ -162,6 +162,15 @@ def test_compare_relative():
     assert not compare("x", [np.nan], [1.0], 1e9, relative=True).passed
 
 
+def test_rounding_of_a_quantity_is_not_compared_with_itself():
+    """PRUNE's error cache where nothing was pruned: 1e-16 on both sides, from an update of size 1."""
+    ours, recorded = [1e-16, -2e-16], [-2e-16, 1e-16]
+    assert not compare("x", ours, recorded, 1e-4, relative=True).passed
+    assert compare("x", ours, recorded, 1e-4, relative=True, scale=1.0).passed
+    assert not compare("x", [1e-9], [2e-9], 1e-4, relative=True, scale=1.0).passed
+    assert compare("x", [1.1], [1.0], 1e-4, relative=True, scale=1.0).deviation == pytest.approx(0.1)
+
+
 def test_the_worst_comparison_is_the_one_farthest_beyond_its_tolerance():
     far, near, exact = (
         Comparison("far", 1e-3, 1e-4),
