@@ -70,6 +70,9 @@ def test_one_case_alone_finds_the_models_up_the_tree(copy, capsys):
     code, lines = run(copy / "deep" / "x0", capsys=capsys)
     assert code == 0 and lines[-1] == "1 passed, 0 failed, 0 skipped"
     assert lines[1].startswith("x0 ")
+    closing = [line.split()[:3] for line in lines[-4:-1]]
+    assert closing[0][:2] == ["agreed", "1"] and "farthest: x0" in lines[-4]
+    assert closing[1] == ["not", "compared", "0"] and closing[2] == ["failed", "0"]
 
 
 def test_a_changed_figure_fails_and_is_named(copy, capsys):

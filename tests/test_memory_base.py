@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -245,6 +246,14 @@ def test_a_prompt_read_in_pieces_is_refused(marked):
         cache = lm.model(input_ids=ids[:, : n - 3], use_cache=True).past_key_values
         got = lm.model(input_ids=ids[:, n - 3 :], past_key_values=cache, use_cache=True).logits[0, -1]
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_a_copy_of_a_model_with_a_memory_is_refused(marked):
+    lm, editor = marked()
+    with pytest.raises(ModelError, match=r"its own save\(\) and load\(\)"):
+        copy.deepcopy(lm.model)
+    with editor.detached():
+        copy.deepcopy(lm.model)
 
 
 def test_bad_prompt_lengths(marked):

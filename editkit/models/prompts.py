@@ -90,6 +90,12 @@ class PromptReader:
         for handle in self._handles:
             handle.remove()
 
+    def __deepcopy__(self, memo: dict) -> PromptReader:
+        raise ModelError(
+            f"a memory is attached to {self.name}, and a copy of the model would not carry it: detach() it, copy "
+            "the model, and give the copy the memory by its own save() and load()"
+        )
+
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}

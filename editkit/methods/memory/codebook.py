@@ -39,14 +39,18 @@ class Label:
         return float(torch.tensor([-100] * self.n_prompt + list(self.ids)).float().mean())
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """Relative difference that two readings of one prompt may have at a dtype."""
+    return max(_SAME, 2 * torch.finfo(dtype).eps)
+
+
 def slack(queries: Tensor) -> Tensor:
     """How far two readings of the same queries (..., d) may lie apart, (...): rounding at their dtype.
 
     The same prompt gives other last bits in a batch of another width, with padding or with an answer behind
     it. A radius that was set to a distance must still cover that distance when it is measured again.
     """
-    relative = max(_SAME, 2 * torch.finfo(queries.dtype).eps)
-    return relative * (1 + queries.float().norm(dim=-1))
+    return rounding(queries.dtype) * (1 + queries.float().norm(dim=-1))
 
 
 class Codebook:
@@ -102,7 +106,7 @@ class Codebook:
         """
         if not torch.isfinite(query).all():
             raise NumericsError("the query of this edit has NaN or Inf; check the model's activations")
-        rounding = slack(query).to(self.keys)
+        noise = slack(query).to(self.keys)
         query = query.detach().to(self.keys)
         if not len(self):
             return self._append(query, value, label), "new"
@@ -112,7 +116,7 @@ class Codebook:
             return self._append(query, value, label), "new"
         if not self._same(label, near):
             same_prompt = bool(label.prompt) and label.prompt == self.labels[near].prompt
-            if self.match == "answer" and (same_prompt or distance <= rounding):
+            if self.match == "answer" and (same_prompt or distance <= noise):
                 self.values[near], self.labels[near] = value.detach().to(self.values), label
                 return near, "replaced"
             new = self._append(query, value, label)
