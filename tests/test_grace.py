@@ -116,6 +116,35 @@ def test_a_prompt_edited_again_is_known_by_its_tokens(dtype):
     assert other.labels == [Label((1,), 3)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_edited_prompt_finds_its_entry_in_any_batch(tiny_lm, facts, dtype, side):
+    """A batch of 2 and of 64, padded on either side, the answer behind the prompt: the same entry each time."""
+    lm = tiny_lm("llama")
+    lm.model.to(dtype)
+    editor = make(lm, steps=1)
+    editor.edit(facts)
+    chosen = []
+    route = editor.route
+
+    def watched(x, out, state):
+        nearest, _, hit = editor.book.find(state.at_last(x))
+        chosen.append(torch.where(hit, nearest, -1))
+        return route(x, out, state)
+
+    editor.route = watched
+    texts = [f.text for f in facts]
+    lengths = lm.encode(texts, side).attention_mask.sum(-1)
+    lm.logits(lm.encode(texts[:2], side))
+    lm.logits(lm.encode((texts * 64)[:64], side))
+    with prompts(lm, lengths):
+        lm.logits(lm.encode([f"{f.text} {f.target}" for f in facts], side))
+    alone = torch.cat([(lm.logits(lm.encode([t], side)), chosen.pop())[1] for t in texts])
+    assert bool((alone >= 0).all())
+    assert torch.equal(chosen[0], alone[:2]) and torch.equal(chosen[2], alone)
+    assert torch.equal(chosen[1], alone.repeat(64)[:64])
+
+
 def test_no_numbers_no_entry():
     with pytest.raises(NumericsError, match="NaN"):
         place(Codebook(2, 1), float("nan"))
