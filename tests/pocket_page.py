@@ -30,12 +30,14 @@ def standalone() -> Path:
     for path in try_it.SOURCES.glob("*.js"):
         shutil.copyfile(path, root / path.name)
     style = THEME + "".join(
-        (ROOT / "book" / "_static" / name).read_text(encoding="utf-8") for name in ("companion.css", "try_it.css")
+        (ROOT / "book" / "_static" / name).read_text(encoding="utf-8")
+        for name in ("companion.css", "try_it.css")
     )
     panels = "".join(f'<div class="ek-try" data-try="{name}"></div>' for name in try_it.PANELS)
     scripts = "".join(f'<script defer src="{name}"></script>' for name in try_it.SCRIPTS)
     (root / "index.html").write_text(
-        f'<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Try it</title><style>{style}</style>'
+        '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Try it</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
         f"<main>{panels}</main>{scripts}</html>",
         encoding="utf-8",
     )

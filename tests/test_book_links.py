@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
+from pocket_page import try_it
 from whole_book import ROOT, pages, whole_book
 
 from editkit.press.format import format_value
@@ -43,18 +44,23 @@ def test_every_internal_link_and_anchor_resolves():
         path: {tag.get(key) for key in ("id", "name") for tag in page.select(f"[{key}]")}
         for path, page in parsed().items()
     }
-    broken = []
+    broken, states = [], set()
     for path, page in parsed().items():
+        states |= {link["href"].partition("#")[2] for link in page.select("a.ek-try-link")}
         for link in page.select("a[href]"):
             url = urlsplit(link["href"])
             if url.scheme or url.netloc or link["href"] in ("#", ""):
                 continue
             target = (path.parent / unquote(url.path)).resolve() if url.path else path
-            if not target.exists():
+            if target.name == "try_it.html" and url.fragment:  # a state of that page, not a place on it
+                if url.fragment not in try_it.STATES.values():
+                    broken.append(f"{path.name}: {link['href']} is no prepared state")
+            elif not target.exists():
                 broken.append(f"{path.name}: {link['href']} is not there")
             elif url.fragment and target in anchors and unquote(url.fragment) not in anchors[target]:
                 broken.append(f"{path.name}: no anchor {link['href']}")
     assert not broken, "\n".join(broken[:20])
+    assert states == set(try_it.STATES.values()), "every chapter's state of the page Try it is linked somewhere"
 
 
 def test_pages_load_nothing_from_other_hosts():

@@ -58,12 +58,17 @@ def js(browser, code: str):
 
 
 def fresh(browser, **settings) -> None:
-    js(browser, f"S.restore(); S.ops = []; S.runs.length = 0; Object.assign(S.settings, {json.dumps(settings)});")
+    js(
+        browser,
+        f"S.restore(); S.ops = []; S.runs.length = 0; Object.assign(S.settings, {json.dumps(settings)});",
+    )
 
 
 def editor(lm, table, name="memit_seq", layers=(2,), lam=100.0, **options):
     moments = {layer: table[f"moment.{layer}"] for layer in pocket.SITES}
-    return make_editor(name, lm, statistics=moments, layers=layers, lam=lam, token="last", n_contexts=0, **options)
+    return make_editor(
+        name, lm, statistics=moments, layers=layers, lam=lam, token="last", n_contexts=0, **options
+    )
 
 
 def edit(made, facts, Z) -> dict[str, torch.Tensor]:
@@ -81,7 +86,9 @@ def edit(made, facts, Z) -> dict[str, torch.Tensor]:
 def test_the_model_is_small_and_knows_its_world(lm):
     assert sum(p.numel() for p in lm.model.parameters()) <= 2_000_000
     statements = load_world(POCKET).statements()[::7]
-    hit = greedy_recall(lm.model, lm.tokenizer, [s.prompt for s in statements], [s.answer for s in statements])
+    hit = greedy_recall(
+        lm.model, lm.tokenizer, [s.prompt for s in statements], [s.answer for s in statements]
+    )
     assert hit.mean() > 0.97
     weights = (POCKET / "model.safetensors").stat().st_size * 4 / 3  # base64
     assert weights <= 4e6
@@ -90,7 +97,9 @@ def test_the_model_is_small_and_knows_its_world(lm):
 def test_the_tables_belong_to_the_model_and_the_facts(table, page):
     assert table["z"].shape == (pocket.N_EDITS * pocket.N_CHOICES, 128)
     assert len(page.untouched) == pocket.N_UNTOUCHED
-    assert all(len({f.target_true, *news}) == 1 + pocket.N_CHOICES for f, news in zip(page.facts, page.choices))
+    assert all(
+        len({f.target_true, *news}) == 1 + pocket.N_CHOICES for f, news in zip(page.facts, page.choices)
+    )
     for layer in pocket.SITES:
         assert torch.linalg.eigvalsh(table[f"moment.{layer}"])[0] > 0
 
@@ -99,7 +108,7 @@ def test_tables_of_another_model_are_refused(tmp_path):
     shutil.copytree(POCKET, tmp_path / "pocket")
     path = tmp_path / "pocket" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
-    with pytest.raises(DataError, match="another model.*editkit pocket"):
+    with pytest.raises(DataError, match=r"another model.*editkit pocket"):
         pocket.load_table(tmp_path / "pocket")
 
 
@@ -143,8 +152,11 @@ def test_keys_and_updates_agree(browser, lm, page, table, layers, spread):
     try:
         for k in (0, 20):
             seen = edit(made, list(page.facts[k : k + 20]), Z[:, k : k + 20])
-            ours = js(browser, f"""const r = all(S.editor.write(S.facts.slice({k}, {k + 20}).map(f => ({{text: f.key, z: f.z[0]}})),
-                S.settings)); return r.map(x => [x.layer, x.keys.map(k => Array.from(k)), Array.from(x.Delta)]);""")
+            ours = js(
+                browser,
+                f"""const r = all(S.editor.write(S.facts.slice({k}, {k + 20}).map(f => ({{text: f.key, z: f.z[0]}})),
+                S.settings)); return r.map(x => [x.layer, x.keys.map(k => Array.from(k)), Array.from(x.Delta)]);""",
+            )
         assert [layer for layer, _, _ in ours] == list(layers)
         for layer, keys, delta in ours:
             K, D = seen[f"K_{layer}"], seen[f"upd_{layer}"]
@@ -159,7 +171,10 @@ def test_keys_and_updates_agree(browser, lm, page, table, layers, spread):
 def test_a_stream_of_a_hundred_keeps_the_same_edits(browser, lm, page, table, history):
     made = editor(lm, table, "memit_seq" if history else "memit")
     fresh(browser, layers=[2], lam=100, history=history, batch=10, spread="linear_decay")
-    ours = js(browser, "all(S.stream(100)); return [S.run.points.at(-1), [...S.written.values()].map(w => +w.holds)];")
+    ours = js(
+        browser,
+        "all(S.stream(100)); return [S.run.points.at(-1), [...S.written.values()].map(w => +w.holds)];",
+    )
     facts, Z = list(page.facts[:100]), table["z"][:: pocket.N_CHOICES].T
     try:
         for k in range(0, 100, 10):
@@ -196,6 +211,8 @@ def test_one_batch_and_many_agree_with_history_only(browser):
 
 def test_restore_is_exact(browser):
     fresh(browser, layers=[1, 2], lam=10, history=True, batch=20, spread="linear_decay")
-    counts = js(browser, "all(S.stream(60)); const n = S.model.changed(); return [n, S.restore(), S.written.size];")
+    counts = js(
+        browser, "all(S.stream(60)); const n = S.model.changed(); return [n, S.restore(), S.written.size];"
+    )
     assert counts[0] > 100_000 and counts[1:] == [0, 0]
     assert standalone().is_file()

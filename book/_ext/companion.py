@@ -400,7 +400,8 @@ def setup(app: Sphinx) -> dict:
         "provenance": Provenance, "run-results": RunResults, "run-list": RunList,
     }.items():  # fmt: skip
         app.add_directive(name, directive)
-    for more in ("ledger", "apidoc", "theme", "beside", "companion_benchmarks", "companion_explorer", "house", "try_it"):
+    others = ("ledger", "apidoc", "theme", "beside", "companion_benchmarks", "companion_explorer", "house", "try_it")
+    for more in others:
         app.setup_extension(more)
     app.connect("builder-inited", load_runs)
     app.connect("builder-inited", copy_mathjax)

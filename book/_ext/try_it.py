@@ -25,8 +25,8 @@ PAGE, FOLDER = "try_it", "_static/try_it"
 SOURCES = Path(__file__).with_name("try_it")
 SCRIPTS = ("engine.js", "edit.js", "session.js", "view.js", "page.js", "model.js")
 PANELS = {
-    "load": "Loading the pocket companion. If this line stays for more than a minute, the browser is older than 2021 or "
-    "the book was copied without its folder _static/try_it; the text of the page can be read all the same.",
+    "load": "Loading the pocket companion. If this line stays for more than a minute, the browser is older than 2021 "
+    "or the book was copied without its folder _static/try_it; the text of the page can be read all the same.",
     "ask": "Here a prompt can be asked.",
     "edit": "Here one fact can be edited.",
     "stream": "Here a stream of edits can be watched.",
@@ -76,14 +76,16 @@ class Prepared(SphinxRole):
             logger.warning(f"{self.text!r}: write 'text <state>' with a state of {', '.join(STATES)}",
                            location=self.get_location())  # fmt: skip
             return [nodes.emphasis("", self.text)], []
+        if PAGE not in self.env.found_docs:
+            return [nodes.emphasis("", f"{match[1]}: not in this build")], []
         state = STATES[match[2]]
         link = "../" * self.env.docname.count("/") + f"{PAGE}.html" + (f"#{state}" if state else "")
         return [nodes.reference("", match[1], refuri=link, internal=True, classes=["ek-try-link"])], []
 
 
-def write_scripts(app: Sphinx) -> None:
-    """Scripts and model into the book."""
-    if app.builder.format != "html":
+def write_scripts(app: Sphinx, env) -> None:
+    """Scripts and model into the book, if it has the page."""
+    if app.builder.format != "html" or PAGE not in env.found_docs:
         return
     target = Path(app.outdir) / FOLDER
     write_page(target)
@@ -94,5 +96,5 @@ def write_scripts(app: Sphinx) -> None:
 def setup(app: Sphinx) -> dict:
     app.add_directive("try-it", TryIt)
     app.add_role("try-it", Prepared())
-    app.connect("builder-inited", write_scripts)
+    app.connect("env-updated", write_scripts)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -53,9 +53,7 @@ class PageFacts:
     def requests(self) -> list[Fact]:
         """One request per fact and choice, fact-major: the columns of the table of targets."""
         return [
-            f.replace(target=new)
-            for f, news in zip(self.facts, self.choices, strict=True)
-            for new in news
+            f.replace(target=new) for f, news in zip(self.facts, self.choices, strict=True) for new in news
         ]
 
     def digest(self) -> str:
@@ -70,8 +68,8 @@ def page_facts(world: World) -> PageFacts:
     rng = np.random.default_rng([SEED, world.seed, 5])
     choices = []
     for f in facts:
-        own = {world.value(r.id, f.subject) for r in world.relations_of_subject(f.relation)}
-        pool = [o for o in world.objects(f.relation) if o not in own | {f.target, f.subject}]
+        own = {*world.attributes(f.relation, f.subject).values(), f.target, f.subject}
+        pool = [o for o in world.objects(f.relation) if o not in own]
         more = rng.choice(pool, N_CHOICES - 1, replace=False).tolist()
         choices.append((f.target, *more))
     kinds = [[(p.prompt, p.answer) for f in facts for p in getattr(f, kind)]
@@ -168,7 +166,9 @@ def write_page(out: Path, folder: Path = POCKET) -> list[Path]:
     step = -(-len(numbers) // PARTS // 3) * 3  # whole base64 groups
     texts = [base64.b64encode(numbers[i : i + step]).decode() for i in range(0, len(numbers), step)]
     description |= {"parts": len(texts)}
-    files = {"model.js": f"Pocket.describe({json.dumps(description, ensure_ascii=False, separators=(',', ':'))});\n"}
+    files = {
+        "model.js": f"Pocket.describe({json.dumps(description, ensure_ascii=False, separators=(',', ':'))});\n"
+    }
     files |= {f"model-{i}.js": f'Pocket.arrive({i},"{text}");\n' for i, text in enumerate(texts)}
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")

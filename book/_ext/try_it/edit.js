@@ -5,7 +5,9 @@
   const Pocket = (scope.Pocket = scope.Pocket || {});
   const { cholesky, substitute, addGram, dot, product, logSoftmax } = Pocket;
 
-  /* Run a generator in slices of `slice` ms; between them the page draws and listens. `stopped` ends it early. */
+  /* Run a generator in slices of `slice` ms; between them the page draws and listens. It can be stopped where it yields
+     news, that is between batches and never inside one; the value is then STOPPED. */
+  const STOPPED = Symbol("stopped");
   const wake = [];
   const channel = typeof MessageChannel === "undefined" ? null : new MessageChannel();
   if (channel) channel.port1.onmessage = () => wake.shift()?.();
@@ -18,10 +20,12 @@
     for (let end = performance.now() + slice; ; ) {
       const step = work.next();
       if (step.done) return step.value;
-      if (step.value !== undefined && onYield) onYield(step.value);
+      if (step.value !== undefined) {
+        if (stopped()) { work.return(); return STOPPED; }
+        if (onYield) onYield(step.value);
+      }
       if (performance.now() < end) continue;
       await breath();
-      if (stopped()) { work.return(); return undefined; }
       end = performance.now() + slice;
     }
   }
@@ -175,5 +179,5 @@
     return xy / Math.sqrt(xx * yy);
   }
 
-  Object.assign(Pocket, { drive, Editor, Statement, ask, represent, predict, spearman, spread, outer, product });
+  Object.assign(Pocket, { drive, STOPPED, Editor, Statement, ask, represent, predict, spearman, spread, outer, product });
 })(typeof self === "undefined" ? globalThis : self);

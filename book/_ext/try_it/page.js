@@ -73,17 +73,15 @@
     try {
       const value = await drive(work, { onYield, stopped: () => busy.stopped });
       Pocket.took = performance.now() - start;
-      return value === undefined ? true : value;
+      return value === undefined ? true : value;  // STOPPED if it was stopped
     } catch (error) {
       fail(place, error);
       return undefined;
     } finally {
-      const was = busy;
       busy = null;
       stop.hidden = true;
       document.querySelectorAll("[data-action]").forEach((b) => (b.disabled = false));
       refresh();
-      if (was.stopped) tell("Stopped.");
       Pocket.idle = true;
     }
   }
@@ -143,7 +141,7 @@
     if (wanted.ask) { more.ask = question.value = wanted.ask; }
     if (wanted.fact) pick(...wanted.fact.split(".").map(Number));
     places[wanted.show]?.scrollIntoView({ block: "start" });
-    await job(places.load, "Doing the edits of the link …", session.replay(wanted), watch);
+    await settle(job(places.load, "Doing the edits of the link …", session.replay(wanted), watch));
     if (wanted.predict) await foresee();
     if (wanted.ask) ask(true);
   }
@@ -234,7 +232,7 @@
   }
   async function foresee() {
     const id = own().id, rows = await job(places.edit, "Reading keys and states of all facts …", session.expect(id));
-    if (!rows || rows === true) return false;
+    if (!Array.isArray(rows)) return false;
     rank(rows, "whitened"); rank(rows, "clare");
     expected = { id, rows };
     list(rows, "whitened", "expected to move most, by whitened keys");
@@ -249,14 +247,13 @@
     if (expected?.id !== f.id && !(await foresee())) return;
     const { rows } = expected;
     const done = await job(places.edit, "Solving and writing …", (function* () {
-      yield* session.edit([[f.id, choice]]);
-      session.note("e", `${f.id}.${choice}`);
-      yield* session.look();
+      yield* session.single([[f.id, choice]]);
       return yield* session.moved(rows);
     })());
-    if (!done || done === true) return;
+    if (!done?.whitened) return;
     const fell = rows.filter((r) => r.before.holds && !r.after.holds).length, holds = session.written.get(f.id).holds;
     verdict.replaceChildren(`${f.prompt} `, el("b", {}, f.choices[choice]), holds ? ". The edit holds" : ". The edit does not hold; try a smaller λ",
+      `; in other words (“${f.paraphrase} …”) it ${f.other[choice].look().holds ? "holds as well" : "does not"}`,
       fell ? `; ${fell} of ${rows.length} other facts ${fell === 1 ? "has" : "have"} lost the answer (✕).` : `; all ${rows.length} other facts keep their answer.`);
     clouds.replaceChildren(cloud(rows, "whitened", "Whitened keys", done.whitened), cloud(rows, "clare", "CLaRE", done.clare));
     list(rows, "moved", "that moved most");
@@ -279,7 +276,7 @@
   function streamPanel() {
     const s = session.settings, set = (name, value) => { session.settings[name] = value; expected = null; refresh(); };
     many = select([20, 60, 100, 200, 300].map((n) => [n, n]), 300, refresh);
-    const lamOut = el("output.ek-try-out", {});
+    const lamOut = el("span.ek-try-out", {});
     controls = {
       history: el("input", { type: "checkbox", role: "switch", onchange: (e) => set("history", e.target.checked) }),
       batch: select(Pocket.BATCHES.map((n) => [n, n]), s.batch, (e) => set("batch", Number(e.target.value))),
@@ -333,24 +330,27 @@
     if (news.point) tell(`${news.point.n} edits written, ${news.point.kept} hold.`);
     if (news.compared) tell(`Writing ${news.compared} …`);
   };
-  function* noted(n) {
-    const size = session.written.size;
-    yield* session.stream(n);
-    session.note("s", session.written.size - size);
+  /* What was stopped between two batches has edits that nobody has read yet. */
+  async function settle(running) {
+    const done = await running;
+    if (done !== Pocket.STOPPED) return done;
+    await job(places.stream, "Reading the edits …", session.look());
+    tell(`Stopped after ${session.written.size} edits; the next run goes on from here.`);
+    return undefined;
   }
   const run = async () => {
     const n = Number(many.value), start = session.written.size;
-    const done = await job(places.stream, "Writing …", noted(n), watch);
+    const done = await settle(job(places.stream, "Writing …", session.stream(n), watch));
     if (!done) return;
     tell(`${session.written.size - start} edits in ${(Pocket.took / 1000).toFixed(1)} s, with every edit and untouched fact read again on the way.`);
   };
-  const both = () => job(places.stream, "Writing without history …", (function* () {
+  const both = () => settle(job(places.stream, "Writing without history …", (function* () {
     for (const history of [false, true]) {
       session.restore();
       session.settings.history = history;
-      yield* noted(Number(many.value));
+      yield* session.stream(Number(many.value));
     }
-  })(), watch);
+  })(), watch));
 
   // ---------------------------------------------------------------- one batch or many
 
@@ -359,7 +359,7 @@
     const go = async () => {
       const n = Number(many.value), s = session.settings, batch = Math.min(s.batch, n);
       const rows = await job(places.compare, "Writing one batch …", session.compare(n), watch);
-      if (!rows || rows === true) return;
+      if (!Array.isArray(rows)) return;
       out.replaceChildren(el("p", {}, `${n} edits in one batch, and the same ones in batches of ${batch}, ${s.history ? "with" : "without"} history:`),
         el("div.ek-table", {}, el("table", {}, el("thead", {}, el("tr", {}, ["block", "largest difference of two weights / norm of the matrix", "norm of the difference / norm of the matrix"].map((t) => el("th", { scope: "col" }, t)))),
           el("tbody", {}, rows.map((r) => el("tr", {}, el("td", {}, r.layer), el("td.num", {}, power(r.most)), el("td.num", {}, power(r.apart))))))),

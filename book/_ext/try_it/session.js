@@ -122,19 +122,29 @@
     waiting(n) {
       return this.facts.filter((f) => !this.written.has(f.id)).slice(0, n).map((f) => [f.id, 0]);
     }
-    /* n more edits in batches; yields {point} after every reading. */
+    /* n more edits in batches; yields {point} after every reading, {written} after every other batch. */
     *stream(n) {
       const todo = this.waiting(n), { batch } = this.settings, every = Math.max(batch, 20);
       if (!todo.length) throw new Error("All facts of this page are edited. Restore the model to start again.");
       const before = this.written.size;
-      for (let i = 0, seen = 0; i < todo.length; i += batch) {
-        yield* this.edit(todo.slice(i, i + batch));
-        const done = this.written.size - before;
-        if (done - seen >= every || done === todo.length) {
-          seen = done;
-          yield { point: yield* this.look() };
-        } else yield { written: done };
+      try {
+        for (let i = 0, seen = 0; i < todo.length; i += batch) {
+          yield* this.edit(todo.slice(i, i + batch));
+          const done = this.written.size - before;
+          if (done - seen >= every || done === todo.length) {
+            seen = done;
+            yield { point: yield* this.look() };
+          } else yield { written: done };
+        }
+      } finally { // also when it is stopped between two batches
+        if (this.written.size > before) this.note("s", this.written.size - before);
       }
+    }
+    /* One batch that the reader has chosen, and what became of it. */
+    *single(pairs) {
+      yield* this.edit(pairs);
+      this.note("e", pairs.map((p) => p.join(".")).join("+"));
+      yield { point: yield* this.look() };
     }
     /* The same edits in one batch and in many, from the unedited model: how far apart the weights end. */
     *compare(n) {
@@ -237,11 +247,8 @@
         const [what, ...list] = op.split(","), kind = what[0], value = what.slice(1);
         this.apply(list);
         if (kind === "s") yield* this.stream(+value);
-        else if (kind === "e") {
-          yield* this.edit(value.split("+").map((p) => p.split(".").map(Number)));
-          yield { point: yield* this.look() };
-        } else throw new Error("This link does not fit the page: it names an unknown step. Ask for a new link.");
-        this.note(kind, value);
+        else if (kind === "e") yield* this.single(value.split("+").map((p) => p.split(".").map(Number)));
+        else throw new Error("This link does not fit the page: it names an unknown step. Ask for a new link.");
       }
       if (fields.set) this.apply(fields.set.split(","));
     }

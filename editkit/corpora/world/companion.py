@@ -265,7 +265,7 @@ def write_card(folder: str | Path, note: str = "") -> Path:
         else "- trained without the CLaRE corpus\n"
     )
     origin = (
-        "they come from trying blocks and lam on the page's own edits. `page.safetensors` (`editkit pocket`) holds\n"
+        "they come from trying blocks and lam on the\npage's own edits. `page.safetensors` (`editkit pocket`) holds "
         'targets and second moments for the book\'s page "Try it"'
         if pocket
         else 'the site comes from\ninterchange interventions, see the book\'s page "The world and the model"'
@@ -284,8 +284,8 @@ as a testbed for model editing. It knows nothing else and is of no other use.
   {report["facts_all_templates"]:.2%} of the facts in every wording
 {corpus}
 **Training** {recipe["steps"]:,} steps of {recipe["batch_tokens"]:,} tokens, {log[-1]["seconds"] / 60:.0f} minutes
-on {recipe["threads"]} core(s) of a CPU, Muon for the matrices of the blocks and AdamW for the rest, seed {recipe["seed"]}; log in
-`training_log.jsonl`, settings in `world.json`.
+on {recipe["threads"]} core(s) of a CPU, Muon for the matrices of the blocks and AdamW for the rest,
+seed {recipe["seed"]}; log in `training_log.jsonl`, settings in `world.json`.
 {note}
 **Made by** `editkit train --out DIR {" ".join(changed)}`
 
