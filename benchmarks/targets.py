@@ -140,7 +140,7 @@ def load(args: argparse.Namespace) -> SimpleNamespace:
         found, layer, facts, token = bench.options, bench.layers[-1], bench.facts, bench.token
         return SimpleNamespace(lm=bench.lm, facts=facts, layer=layer, contexts=bench.contexts, token=token,
                                options=found, drawn=None)  # fmt: skip
-    bed = real_edits.open_real(args.model, 100)
+    bed = real_edits.open_real(args.model, args.asked)
     found = options_of(bed.lm, "memit")
     drawn = real_edits.draw(bed.table, args.facts, args.seed)
     contexts = sample_contexts(bed.lm, found.get("n_contexts", 5), found.get("context_length", 10), 0)
@@ -229,6 +229,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model", default="companion", help="companion, or a real model with a preset (smollm2)"
     )
     parser.add_argument("--facts", type=int, default=100)
+    parser.add_argument("--asked", type=int, default=60, help="facts asked per relation, to find known ones")
     parser.add_argument(
         "--slices", type=int, default=1, help="parts that alternate between the two (1: all at once)"
     )

@@ -81,15 +81,15 @@ LAYOUT = """
   }
   for (const svg of document.querySelectorAll('main figure svg')) {
     const texts = [...svg.querySelectorAll('text')].filter(t => t.textContent.trim())
-      .map(t => ({text: t.textContent.trim(), r: t.getBoundingClientRect()}));
+      .map(t => ({text: t.textContent.trim(), id: t.closest('[id]').id, r: t.getBoundingClientRect()}));
     const box = svg.getBoundingClientRect();
     texts.forEach((a, i) => {
-      if (a.r.left < box.left - 2 || a.r.right > box.right + 2) bad.push('label leaves its figure: ' + a.text);
+      if (a.r.left < box.left - 2 || a.r.right > box.right + 2) bad.push(`label leaves its figure: ${a.id} ${a.text}`);
       texts.slice(i + 1).forEach(b => {
         const w = Math.min(a.r.right, b.r.right) - Math.max(a.r.left, b.r.left);
         const h = Math.min(a.r.bottom, b.r.bottom) - Math.max(a.r.top, b.r.top);
         const small = Math.min(a.r.width * a.r.height, b.r.width * b.r.height);
-        if (w > 0 && h > 0 && small > 0 && w * h > 0.35 * small) bad.push('labels overlap: ' + a.text + ' / ' + b.text);
+        if (w > 0 && h > 0 && w * h > 0.35 * small) bad.push(`labels overlap: ${a.id} ${a.text} / ${b.text}`);
       });
     });
   }

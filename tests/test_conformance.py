@@ -70,6 +70,9 @@ def test_one_case_alone_finds_the_models_up_the_tree(copy, capsys):
     code, lines = run(copy / "deep" / "x0", capsys=capsys)
     assert code == 0 and lines[-1] == "1 passed, 0 failed, 0 skipped"
     assert lines[1].startswith("x0 ")
+    closing = [line.split()[:3] for line in lines[-4:-1]]
+    assert closing[0][:2] == ["agreed", "1"] and "farthest: x0" in lines[-4]
+    assert closing[1] == ["not", "compared", "0"] and closing[2] == ["failed", "0"]
 
 
 def test_a_changed_figure_fails_and_is_named(copy, capsys):
@@ -160,6 +163,15 @@ def test_compare(ours, recorded, passed):
 def test_compare_relative():
     assert compare("x", [1000.1], [1000.0], 1e-3, relative=True).deviation == pytest.approx(1e-4)
     assert not compare("x", [np.nan], [1.0], 1e9, relative=True).passed
+
+
+def test_rounding_of_a_quantity_is_not_compared_with_itself():
+    """PRUNE's error cache where nothing was pruned: 1e-16 on both sides, from an update of size 1."""
+    ours, recorded = [1e-16, -2e-16], [-2e-16, 1e-16]
+    assert not compare("x", ours, recorded, 1e-4, relative=True).passed
+    assert compare("x", ours, recorded, 1e-4, relative=True, scale=1.0).passed
+    assert not compare("x", [1e-9], [2e-9], 1e-4, relative=True, scale=1.0).passed
+    assert compare("x", [1.1], [1.0], 1e-4, relative=True, scale=1.0).deviation == pytest.approx(0.1)
 
 
 def test_the_worst_comparison_is_the_one_farthest_beyond_its_tolerance():

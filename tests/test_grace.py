@@ -71,6 +71,80 @@ def test_the_last_edit_of_a_place_is_always_found(edits):
     assert bool((book.radii >= 0).all())
 
 
+@given(
+    st.lists(st.tuples(st.integers(-40, 40), st.integers(0, 1)), min_size=2, max_size=8),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**16),
+)
+def test_a_covered_query_stays_covered_when_its_last_bits_change(edits, dtype, seed):
+    """Another batch gives other last bits: an edited query is still within the radius of an entry."""
+    noise = torch.Generator().manual_seed(seed)
+    book = Codebook(8, 1, 1.0)
+    for x, answer in edits:
+        query = torch.full((8,), 0.1 * x).to(dtype)
+        book.place(query, torch.zeros(1), Label((answer,)))
+        ulps = torch.randint(-1, 2, (64, 8), generator=noise) * torch.finfo(dtype).eps / 2
+        again = (query.float() * (1 + ulps)).to(dtype)
+        assert bool(book.find(again)[2].all())
+
+
+def test_a_widened_radius_covers_the_edit_that_widened_it():
+    book = Codebook(2, 1, 1.0)
+    place(book, 0)
+    query = torch.tensor([1.7, 0.0])
+    assert book.place(query, torch.zeros(1), A)[1] == "expanded"
+    assert bool(book.find(torch.nextafter(query, query + 1)[None])[2][0])
+    assert not bool(book.find(query[None] * 1.001)[2][0])  # rounding, not generosity
+
+
+def test_a_released_split_without_radius_is_never_read():
+    book = Codebook(2, 1, 1.0, match="released")
+    place(book, 0, A)
+    place(book, 0, B)
+    assert float(book.radii[0]) < 0 and not bool(book.find(torch.zeros(1, 2))[2][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_edited_again_is_known_by_its_tokens(dtype):
+    """However far rounding moves its key: the entry made for a prompt takes the prompt's new answer."""
+    book = Codebook(2, 1, 1.0)
+    first, again = torch.tensor([0.0, 1.0], dtype=dtype), torch.tensor([0.3, 1.0], dtype=dtype)
+    book.place(first, torch.zeros(1), Label((1,), 3, (7, 8, 9)))
+    assert book.place(again, torch.ones(1), Label((2,), 3, (7, 8, 9))) == (0, "replaced")
+    other = Codebook(2, 1, 1.0)
+    other.load_state([[[1], 3]], book.state()[1])  # a file from before prompts were kept
+    assert other.labels == [Label((1,), 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_edited_prompt_finds_its_entry_in_any_batch(tiny_lm, facts, dtype, side):
+    """A batch of 2 and of 64, padded on either side, the answer behind the prompt: the same entry each time."""
+    lm = tiny_lm("llama")
+    lm.model.to(dtype)
+    editor = make(lm, steps=1)
+    editor.edit(facts)
+    chosen = []
+    route = editor.route
+
+    def watched(x, out, state):
+        nearest, _, hit = editor.book.find(state.at_last(x))
+        chosen.append(torch.where(hit, nearest, -1))
+        return route(x, out, state)
+
+    editor.route = watched
+    texts = [f.text for f in facts]
+    lengths = lm.encode(texts, side).attention_mask.sum(-1)
+    lm.logits(lm.encode(texts[:2], side))
+    lm.logits(lm.encode((texts * 64)[:64], side))
+    with prompts(lm, lengths):
+        lm.logits(lm.encode([f"{f.text} {f.target}" for f in facts], side))
+    alone = torch.cat([(lm.logits(lm.encode([t], side)), chosen.pop())[1] for t in texts])
+    assert bool((alone >= 0).all())
+    assert torch.equal(chosen[0], alone[:2]) and torch.equal(chosen[2], alone)
+    assert torch.equal(chosen[1], alone.repeat(64)[:64])
+
+
 def test_no_numbers_no_entry():
     with pytest.raises(NumericsError, match="NaN"):
         place(Codebook(2, 1), float("nan"))

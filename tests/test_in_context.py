@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.base.errors import ConfigError
+from editkit.base.errors import ConfigError, RequestError
 from editkit.methods import make_editor
 from editkit.scoring import generate, score_targets
 
@@ -14,21 +14,22 @@ def make(lm, **changes):
     return make_editor("in_context", lm, **changes)
 
 
-def told(fact):
-    return f"Imagine that {fact.text} {fact.target}."
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_it_is_the_text_with_the_edit_in_front(any_lm, facts, side):
     texts = [f.text for f in facts]
-    ids = [
-        any_lm.tokenizer(told(f), add_special_tokens=False)["input_ids"]
-        + any_lm.tokenizer(f.text)["input_ids"]
-        for f in facts
-    ]
-    expected = [any_lm.model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids]
     editor = make(any_lm)
     editor.edit(facts)
+    tokenizer = any_lm.tokenizer
+    ids = []
+    for fact, told in zip(facts, editor.told, strict=True):
+        own = tokenizer(fact.text)["input_ids"]
+        bos = own[:1] if own[0] == tokenizer.bos_token_id else []
+        ids.append(bos + told + own[len(bos) :])  # the first token stands first, and once
+        assert tokenizer.decode(told).strip() == f"Imagine that {fact.text} {fact.target}."
+        text = tokenizer.decode(told + own[len(bos) :])
+        assert f"{fact.target}.{fact.text}" not in text  # a space, or a line's end, between the two
+    with editor.detached():
+        expected = [any_lm.model(input_ids=torch.tensor([row])).logits[0, -1] for row in ids]
     encoding = any_lm.encode(texts, side)
     logits = any_lm.logits(encoding)
     assert logits.shape[:2] == encoding.input_ids.shape
@@ -75,6 +76,23 @@ def test_far_prompts_are_left_alone(tiny_lm, facts, tmp_path):
     assert score_targets(lm, [(facts[0].text, facts[0].target)])[0].nll == expected
     again.edit([facts[0].replace(target="Spanish")])
     assert len(again.told) == 1
+
+
+def test_a_prefix_that_leaves_no_room_is_refused(tiny_lm, facts):
+    lm = tiny_lm("gpt2")
+    make(lm, n_edits=1, threshold=0.0).edit(facts[:1])
+    long = " ".join(["house"] * (lm.max_tokens // 2 - 2))  # two tokens a word here
+    with pytest.raises(RequestError, match="lower n_edits"):
+        lm.logits(lm.encode([long]))
+
+
+def test_threshold_one_shows_an_edit_to_its_own_prompt(tiny_lm, facts):
+    lm = tiny_lm("llama")
+    editor = make(lm, threshold=1.0)
+    before = lm.logits(lm.encode([f.text for f in facts]))
+    editor.edit(facts)
+    after = lm.logits(lm.encode([f.text for f in facts]))
+    assert all(not torch.allclose(a[-1], b[-1]) for a, b in zip(before, after, strict=True))
 
 
 def test_the_template_needs_a_slot(tiny_lm):

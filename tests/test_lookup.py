@@ -167,3 +167,11 @@ def test_states_at_positions_are_equal_under_both_paddings(any_lm, kind, facts):
             lm.forward(encoding)
         found[side] = pick(seen.input[lm.down_name(1)], at)
     assert torch.allclose(found["left"], found["right"], atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["The old {}ly is", "In pre{} times"])
+def test_a_subject_that_shares_a_token_with_letters_around_it_is_refused(template):
+    """Its key would be that of another word. Punctuation and blanks may share one: see the templates above."""
+    lm = LMS["wordlevel"]
+    with pytest.raises(RequestError, match=r"splits the subject 'Li' otherwise .*a word of its own"):
+        find_spans(lm, [(template, "Li")])

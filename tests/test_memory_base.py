@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -226,6 +227,33 @@ def test_a_cache_filled_without_the_memory_is_refused(marked):
         cache = lm.model(**encoding, use_cache=True).past_key_values
     with pytest.raises(ModelError, match="filled without the memory"):
         lm.model(input_ids=torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_a_prompt_read_in_pieces_is_refused(marked):
+    """Prefill by chunks, or a second turn of a chat: the memory would decide by the first piece alone."""
+    lm, _ = marked()
+    encoding = lm.encode([PROMPTS[0] + " the old house"])
+    ids, n = encoding.input_ids, encoding.input_ids.shape[1]
+    with pytest.raises(ModelError, match="prefill_chunk_size"):
+        lm.model.generate(**encoding, max_new_tokens=2, prefill_chunk_size=2)
+    cache = lm.model(input_ids=ids[:, : n - 3], use_cache=True).past_key_values
+    with pytest.raises(ModelError, match="whole prompt"):
+        lm.model(input_ids=ids[:, n - 3 :], past_key_values=cache, use_cache=True)
+    # an answer of several tokens after a prompt that was read whole is fine, where it is said so
+    with prompts(lm, [n - 3]):
+        want = lm.model(input_ids=ids).logits[0, -1]
+        cache = lm.model(input_ids=ids[:, : n - 3], use_cache=True).past_key_values
+        got = lm.model(input_ids=ids[:, n - 3 :], past_key_values=cache, use_cache=True).logits[0, -1]
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_a_copy_of_a_model_with_a_memory_is_refused(marked):
+    lm, editor = marked()
+    with pytest.raises(ModelError, match=r"its own save\(\) and load\(\)"):
+        copy.deepcopy(lm.model)
+    with editor.detached():
+        copy.deepcopy(lm.model)
 
 
 def test_bad_prompt_lengths(marked):

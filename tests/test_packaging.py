@@ -240,6 +240,15 @@ def test_the_project_says_licence_citation_and_changes():
         assert all(a["family-names"] in bibliography for a in paper["authors"])
 
 
+def test_packed_data_has_its_licence_beside_it():
+    packed = ROOT / "editkit" / "corpora" / "packed"
+    data = [path for path in packed.iterdir() if path.suffix in (".xz", ".gz")]
+    assert data
+    for path in data:
+        assert "Permission is hereby granted" in (packed / f"{path.name.partition('.')[0]}.LICENSE").read_text()
+    assert "Licence: MIT" in (ROOT / "editkit" / "corpora" / "world" / "companion" / "README.md").read_text()
+
+
 def make(*arguments: str) -> str:
     command = ["make", "--no-print-directory", "-n", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -314,6 +314,18 @@ def test_texts_for_second_moments(table):
         study.moment_texts("news", 10, lm, table)
 
 
+def test_a_pretrained_model_is_edited_where_it_knows(little, table, monkeypatch):
+    lm = make_lm("llama")
+    monkeypatch.setattr(testbed, "open_model", lambda name, **options: lm)
+    monkeypatch.setattr(testbed, "known", lambda *a, **k: little)
+    bed = testbed.open_testbed("smollm2")
+    assert bed.corpus == "real" and {f.relation for f in bed.edits(2, 0)} <= {"capital", "language"}
+    assert {s for _, s, _ in bed.untouched([], 99, 0)} == {"France", "Japan", "Kenya", "Brazil", "Cuba"}
+    assert not set(bed.held_out(20)) & set(bed.texts()) and any("capital" in t for t in bed.texts())
+    everything = testbed.open_testbed("smollm2", "real-all")
+    assert everything.table.size() == table.size()
+
+
 @pytest.mark.real
 def test_smollm2_knows_what_the_page_says(smollm2, table):
     keys = [("capital", s) for s in ("France", "Kenya", "Japan", "Spain")] + [("language", "Brazil")]

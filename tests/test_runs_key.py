@@ -15,7 +15,7 @@ from editkit.base.errors import DataError
 from editkit.base.sources import PACKAGE
 from editkit.press import execute, inputs
 from editkit.press.execute import CURRENT, FAILED, OK, run_all
-from editkit.press.inputs import changes, early_key
+from editkit.press.inputs import changes
 from editkit.press.layout import finished, read_sidecar
 from editkit.press.reference import collect
 
@@ -115,11 +115,12 @@ def test_package_data_packages_and_variables_count(done, monkeypatch):
 
 def test_checkpoints_are_dropped_when_the_package_has_changed(done, monkeypatch):
     [run] = load(done)
-    before = early_key(run, done.root)
-    assert early_key(run, done.root) == before
+    before = execute._work_dir(run, done)
+    (before / "checkpoint").write_text("half way")
+    assert execute._work_dir(run, done) == before and (before / "checkpoint").exists()
     real = inputs.tree_hash
     monkeypatch.setattr(inputs, "tree_hash", lambda p: "another" if p == PACKAGE else real(p))
-    assert early_key(run, done.root) != before
+    assert execute._work_dir(run, done) != before and not before.exists()
 
 
 def test_dirty_is_judged_by_what_was_read_and_never_turns_clean_by_itself(done):
@@ -223,3 +224,31 @@ def test_a_result_of_before_is_stale(done):
         assert changes(run, done) == [inputs.OLDER]
     finally:
         path.write_text(text)
+
+
+def test_a_hub_model_counts_by_its_weights_and_by_what_main_is(tmp_path, monkeypatch):
+    """Weights are opened by a library that Python does not hear of; a new revision moves `refs/main`."""
+    import huggingface_hub.constants
+
+    (tmp_path / "p").mkdir()
+    layout = make_project(tmp_path / "p", good="run.value('a', 1)")
+    hub = tmp_path / "hub"
+    model = hub / "models--a--b"
+    for folder in ("refs", "blobs", "snapshots/r1"):
+        (model / folder).mkdir(parents=True)
+    (model / "refs" / "main").write_text("r1")
+    for name, blob in (("config.json", "c1"), ("model.safetensors", "w1")):
+        (model / "blobs" / blob).write_text(blob)
+        (model / "snapshots" / "r1" / name).symlink_to(model / "blobs" / blob)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    [run] = load(layout)
+    opened = [str(model / "refs" / "main"), str(model / "snapshots" / "r1" / "config.json")]
+    key = inputs.key(run, layout.root, {"opened": opened, "modules": {}, "packages": {}})
+    base = "hub:models--a--b/"
+    assert key["files"][f"{base}snapshots/r1/model.safetensors"] == "w1"  # named by content, not read
+    assert inputs.stale(key, run.template, run.parameters, layout.root) == []
+    (model / "refs" / "main").write_text("r2")
+    assert inputs.stale(key, run.template, run.parameters, layout.root) == [f"{base}refs/main changed"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    assert len(inputs.stale(key, run.template, run.parameters, layout.root)) == 3
+    assert inputs.stale(key, run.template, None, layout.root) == []  # a reference, on a machine without the model

@@ -15,7 +15,7 @@ from editkit.base.errors import ConfigError
 from editkit.press import start
 from editkit.press.describe import describe
 from editkit.press.format import check_spec, format_number, format_value
-from editkit.press.plotting import INK, PALETTE, look, themed_svg
+from editkit.press.plotting import INK, PALETTE, look, spread_labels, themed_svg
 from editkit.press.report import PARAMETERS, RUN_DIR, WORK_DIR, Run
 
 matplotlib.use("agg")
@@ -211,6 +211,30 @@ def test_the_alt_text_is_made_from_what_is_drawn(run):
     assert "0.5 at 10" in describe(fig), "other data, other words"
     svg = run.figure("f", fig, caption="c", alt="Two panels.").svg
     assert "Two panels. Streams: kept" in svg
+
+
+def test_tick_labels_are_not_printed_on_top_of_each_other():
+    fig, ax = plt.subplots(figsize=(3, 2))
+    ax.plot([0, 1], [0, 1])
+    ax.set_xticks([0, 0.5, 0.501, 1])
+    svg = themed_svg(fig, prefix="p")
+    plt.close(fig)
+    assert svg.count(">0.500<") == 1 and svg.count(">0.501<") == 0 and svg.count(">1.000<") == 1
+
+
+def test_labels_of_points_are_moved_apart():
+    fig, ax = plt.subplots(figsize=(4, 3))
+    ax.scatter([1, 1.01, 2], [1, 1.01, 2])
+    ax.text(1, 1, "first of them")
+    ax.annotate("second of them", (1.01, 1.01), xytext=(4, 0), textcoords="offset points")
+    ax.annotate("far away", (2, 2))
+    fig.canvas.draw()
+    boxes = lambda: [t.get_window_extent() for t in ax.texts]  # noqa: E731
+    assert boxes()[0].overlaps(boxes()[1])
+    spread_labels(fig)
+    found = boxes()
+    assert not any(a.overlaps(b) for i, a in enumerate(found) for b in found[i + 1 :])
+    plt.close(fig)
 
 
 def test_what_came_out_is_said_by_quotation(run):

@@ -47,8 +47,9 @@ class InverseGram(AccumulatedLeastSquares):
     re-factorisation and compensation, not for the update: new keys wait beside it and are folded in when
     `fold_after` of them wait (default 4 d, at most 4 d^2 numbers) or when a product with C gets cheaper so.
 
-    Round-off grows with the number of updates, so after every `check_every` batches the error ``||Pi C -
-    I||_F`` is estimated (`error`) and Pi is re-factorised from C, O(d^3), when it exceeds `tolerance` and is
+    Round-off grows with the number of updates, and a down-date cancels: what it takes away may be nearly all there
+    is. So after every `check_every` batches, and after every retirement, the error ``||Pi C - I||_F`` is estimated
+    (`error`) and Pi is re-factorised from C, O(d^3), when it exceeds `tolerance` and is
     ten times worse than a fresh factor was (`floor`, set by the conditioning). `refactored` counts those,
     `last_error` is the latest estimate.
     """
@@ -81,7 +82,7 @@ class InverseGram(AccumulatedLeastSquares):
         if sum(len(keys) for _, keys in self._waiting) >= self.fold_after:
             self._fold()
         self._since += 1
-        if self._since >= self.check_every:
+        if sign < 0 or self._since >= self.check_every:
             self._since, self.last_error = 0, self.error(probes=4, seed=self.steps)
             if not self.last_error <= max(self.tolerance, 10.0 * self.floor):
                 self.refactor()

@@ -76,14 +76,19 @@ def make_pairs(facts: Sequence[Fact], n: int, seed: int = 0) -> list[tuple[Fact,
     by_template: dict[str, list[Fact]] = {}
     for fact in facts:
         by_template.setdefault(fact.prompt, []).append(fact)
+    place: dict[int, int] = {}  # of the first equal fact of its template
+    for same in by_template.values():
+        first: dict[Fact, int] = {}
+        for k, fact in enumerate(same):
+            place[id(fact)] = first.setdefault(fact, k)
     order = np.random.default_rng(seed).permutation(len(facts))
     pairs = []
-    for turn in range(len(facts)):
+    for turn in range(max(map(len, by_template.values()), default=1) - 1):
         # In round `turn` every fact is paired with its turn-th neighbor of the same template.
         for i in order:
             source = facts[i]
             same = by_template[source.prompt]
-            base = same[(same.index(source) + turn + 1) % len(same)]
+            base = same[(place[id(source)] + turn + 1) % len(same)]
             differ = source.target_true is None or source.target_true != base.target_true
             if turn + 1 < len(same) and source.subject != base.subject and differ:
                 pairs.append((source, base))

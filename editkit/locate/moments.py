@@ -29,6 +29,7 @@ from ..models.batching import by_length
 from ..models.facts import as_texts
 from ..models.hooks import trace
 from ..models.lm import LM
+from ..models.prompts import check_unread
 
 _CHUNK = 2048  # texts tokenized at once
 _STRIP = 128  # rows of a product that are computed at a time, at least
@@ -197,6 +198,7 @@ def second_moment(
     Memory: one (d, d) matrix per layer beside the model. Returns {layer: Covariance}.
     Raises ModelError for an unknown layer, DataError without texts, NumericsError for NaN or Inf.
     """
+    check_unread(lm, "a second moment")
     layers = sorted({lm.check_layer(layer) for layer in layers})
     texts = as_texts(texts)
     if not layers:

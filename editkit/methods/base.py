@@ -28,7 +28,8 @@ from ..models.capacity import memory_plan
 from ..models.facts import Fact, validate_facts
 from ..models.hooks import check_gradients
 from ..models.lm import LM
-from .delta import Delta, carries, cast_loss, describe_facts, snapshot, write
+from ..models.prompts import check_unread
+from .delta import Delta, carries, cast_loss, describe_facts, snapshot
 
 _FORMAT = "editkit-editor-1"
 Record = Callable[[str, Tensor], None]
@@ -72,7 +73,6 @@ class Editor(ABC):
             for layer, C in (statistics or {}).items()
         }
         self.contexts = None if contexts is None else ContextTemplates.of(contexts)
-        self._base: tuple[tuple, str] | None = None
         self._places: dict[int, torch.device] = {}
         self._trusted: set[int] = set()
         self._reset()
@@ -120,6 +120,7 @@ class Editor(ABC):
         Raises RequestError for malformed, duplicate or contradictory facts.
         """
         check_gradients(self.lm.model)
+        check_unread(self.lm, f"editing weights with {self.name}")
         facts = validate_facts(facts)
         if self._broken:
             raise ConfigError(
@@ -131,7 +132,7 @@ class Editor(ABC):
                 f"the weights of {self.lm.name} have changed since this editor's last edit, so its history "
                 "does not describe them; apply that edit again (delta.apply), or call restore() to start anew"
             )
-        names = self.parameter_names()
+        names, base = self.parameter_names(), self._fingerprint()  # the hash before any work: it may refuse
         before = {name: value.cpu() for name, value in snapshot(self.lm, names).items()}
         self.lm.remember(names)
         self._check_masters()
@@ -139,7 +140,7 @@ class Editor(ABC):
         try:
             metadata = self.write_facts(facts) or {}
         except BaseException:
-            write(self.lm, before)
+            self.lm.write(before)
             self._masters = masters
             self._broken = self._broken and self.remembers
             raise
@@ -158,7 +159,7 @@ class Editor(ABC):
             metadata = {**metadata, "cast_loss": loss}
         self._last = after
         config = self.config.to_dict()
-        return Delta(before, after, self.name, config, describe_facts(facts), self._fingerprint(), metadata)
+        return Delta(before, after, self.name, config, describe_facts(facts), base, metadata)
 
     def restore(self, *, force: bool = False) -> None:
         """Put the weights back to what they were before this editor's first edit, bit for bit, and forget.
@@ -172,7 +173,7 @@ class Editor(ABC):
                     f"the weights of {self.lm.name} have changed since this {self.name} editor's last edit; restore "
                     "the later edits first (newest first), or overwrite them: restore(force=True)"
                 )
-            write(self.lm, self._start)
+            self.lm.write(self._start)
         self._reset()
 
     def save(self, path: str | os.PathLike) -> Path:
@@ -226,7 +227,7 @@ class Editor(ABC):
         self._reset()
         self.contexts = contexts or self.contexts
         self.load_history(meta["history"], parts["history"])
-        write(self.lm, parts["now"])
+        self.lm.write(parts["now"])
         self._masters = {k: v.to(self.lm.parameter(k).device) for k, v in parts["master"].items()}
         self.n_facts = int(meta["n_facts"])
         if self.n_facts:
@@ -313,13 +314,8 @@ class Editor(ABC):
             del self._masters[name]
 
     def _fingerprint(self) -> str:
-        """Hash of the model without the edited parameters; taken again only if others were written to."""
-        names = self.parameter_names()
-        others = [(n, p) for n, p in self.lm.model.named_parameters() if n not in names]
-        version = tuple((n, p.data_ptr(), p._version) for n, p in others)
-        if self._base is None or self._base[0] != version:
-            self._base = (version, self.lm.fingerprint(exclude=names))
-        return self._base[1]
+        """Hash of the model without the edited parameters."""
+        return self.lm.fingerprint(exclude=self.parameter_names())
 
 
 EDITORS: dict[str, type] = {}

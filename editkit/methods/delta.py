@@ -28,13 +28,6 @@ def snapshot(lm: LM, names: Sequence[str]) -> dict[str, Tensor]:
     return {name: lm.parameter(name).detach().clone() for name in names}
 
 
-def write(lm: LM, values: Mapping[str, Tensor]) -> None:
-    """Write parameters, casting each once to its stored dtype."""
-    with torch.no_grad():
-        for name, value in values.items():
-            lm.parameter(name).copy_(value)
-
-
 def carries(lm: LM, values: Mapping[str, Tensor]) -> bool:
     """Whether the model's parameters are these values, bit for bit after the cast to the stored dtype."""
     for name, value in values.items():
@@ -137,7 +130,7 @@ class Delta:
             now = {name: value.cpu() for name, value in snapshot(lm, self.names).items()}
             after = {n: (v.double() + self.update(n).cpu()).to(self.after[n].dtype) for n, v in now.items()}
             made = dataclasses.replace(self, before=now, after=after)
-        write(lm, made.after)
+        lm.write(made.after)
         return made
 
     def _put(self, lm: LM) -> None:
@@ -161,7 +154,7 @@ class Delta:
                 f"the weights of {lm.name} have changed since this {self.editor} edit; "
                 "restore the later edits first"
             )
-        write(lm, self.before)
+        lm.write(self.before)
 
     @contextmanager
     def applied(self, lm: LM) -> Iterator[LM]:
@@ -172,7 +165,7 @@ class Delta:
         try:
             yield lm
         finally:
-            write(lm, self.before)
+            lm.write(self.before)
 
     def then(self, later: Delta) -> Delta:
         """This edit followed by a later one of the same parameters, as one edit."""
@@ -233,5 +226,5 @@ class Delta:
             lm.model.save_pretrained(out_dir)
             copy.deepcopy(lm.tokenizer).save_pretrained(out_dir)
         finally:
-            write(lm, found)
+            lm.write(found)
         return out_dir

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from ..base.errors import RequestError
-from .batching import PaddingSide, padded, token_rows
+from .batching import PaddingSide, token_rows
 from .joining import NO_SPACE, gap, join, stem
 from .lm import LM
 
@@ -77,8 +77,7 @@ def prompt_tokens(lm: LM, prompts: Sequence[str]) -> list[list[int]]:
 
 def pad_rows(lm: LM, rows: Sequence[Sequence[int]], side: PaddingSide) -> dict[str, Tensor]:
     """input_ids, attention_mask, position_ids (counting real tokens), each (rows, width), on the model's device."""
-    tensors = padded(rows, lm.tokenizer.pad_token_id, side)
-    return {name: value.to(lm.device()) for name, value in tensors.items()}
+    return lm.pad(rows, side)
 
 
 def logits_of(lm: LM, states: Tensor) -> Tensor:

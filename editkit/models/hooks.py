@@ -57,6 +57,15 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
         raise ModelError(f"the model {type(model).__name__} has no module {name!r}{hint}") from None
 
 
+def check_not_compiled(model: nn.Module) -> None:
+    """Raise ModelError for a model compiled by torch, whose forward pass ignores hooks without a word."""
+    if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
+        raise ModelError(
+            "the model is compiled (torch.compile, model.compile()), so hooks and memories would be ignored; pass the "
+            "model as it was before, or load it again"
+        )
+
+
 class StopForward(Exception):
     """Raised by a hook to end a forward pass early; caught by the `trace` that asked for it."""
 
@@ -101,6 +110,7 @@ def trace(
 
     Raises ModelError for an unknown module, or a shape-changing edit. Hooks are removed in every case.
     """
+    check_not_compiled(model)
     record = set(names)
     edit = dict(edit or {})
     wanted = record | set(edit) | ({stop_at} if stop_at is not None else set())

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Literal
@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.errors import EditkitError, ModelError, NumericsError, RequestError
 from .architectures import ARCHITECTURES, ArchSpec
-from .batching import Encoding, padded, token_rows
+from .batching import Encoding, PaddingSide, padded, token_rows
 from .gguf import is_gguf, read_gguf
-from .hooks import hidden, submodule
+from .hooks import check_not_compiled, hidden, submodule
 from .preflight import check_config, check_source
 
 __all__ = ["ARCHITECTURES", "LM", "ArchSpec", "Encoding", "hidden", "load_lm"]
@@ -32,7 +32,13 @@ __all__ = ["ARCHITECTURES", "LM", "ArchSpec", "Encoding", "hidden", "load_lm"]
 
 # Config values that decide what the weights compute and mean the same in every transformers release; the
 # whole config would tie a fingerprint to one release, because keys with default values come and go.
-_IDENTITY = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+_IDENTITY = (
+    "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim",
+    "hidden_act", "activation_function", "hidden_activation", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+    "norm_eps", "norm_epsilon", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim",
+    "sliding_window", "layer_types", "attention_types", "window_size", "no_rope_layers", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "use_parallel_residual", "clip_qkv",
+)  # fmt: skip
 
 
 class LM:
@@ -47,11 +53,14 @@ class LM:
     def __init__(
         self, model: PreTrainedModel, tokenizer, spec: ArchSpec | None = None, name: str = ""
     ) -> None:
+        check_plain(model)
         self.spec = spec if spec is not None else _find_spec(model)
         self.model = model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.truncation_side = "right"
         self.name = _short_name(name or getattr(model.config, "_name_or_path", "")) or type(model).__name__
         self._unedited: dict[str, str] = {}
+        self._hashes: dict[str, tuple[tuple, str]] = {}
         self._check()
         self._set_pad_token()
 
@@ -138,13 +147,14 @@ class LM:
         return submodule(self.model, self.spec.embed).weight.detach()
 
     def parameter(self, name: str) -> nn.Parameter:
-        """A parameter by name; raises ModelError if there is none."""
+        """A parameter by name; raises ModelError if there is none, or if it is offloaded."""
         path, _, leaf = name.rpartition(".")
         value = getattr(submodule(self.model, path), leaf, None)
         if not isinstance(value, nn.Parameter):
             raise ModelError(
                 f"{self.name} has no parameter {name!r}; see model.named_parameters() for the names"
             )
+        check_resident(name, value)
         return value
 
     def to_matrix(self, weight: Tensor) -> Tensor:
@@ -158,20 +168,32 @@ class LM:
     def set_matrix(self, layer: int, W: Tensor) -> None:
         """Write W (m, d) into the model, cast once to the stored dtype.
 
-        Raises NumericsError for a wrong shape, NaN or Inf.
+        Raises NumericsError for a wrong shape, NaN or Inf, also where the stored dtype cannot hold a value.
         """
-        weight = self.weight(layer)
         if tuple(W.shape) != self.weight_shape(layer):
             raise NumericsError(
                 f"layer {layer}: expected a matrix (m, d) = {self.weight_shape(layer)}, got "
                 f"{tuple(W.shape)}; editkit's convention is out x in for every architecture"
             )
-        if not torch.isfinite(W).all():
-            raise NumericsError(
-                f"layer {layer}: the new weight has NaN or Inf; check the update before writing it"
-            )
+        self.write({self.weight_name(layer): self.to_matrix(W)})
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Write parameters by name, each cast once to its stored dtype; all of them or none.
+
+        Raises NumericsError for NaN or Inf after the cast, ModelError for a parameter that is not in memory.
+        """
+        cast = {}
+        for name, value in values.items():
+            weight = self.parameter(name)
+            cast[name] = value.detach().to(weight)
+            if not torch.isfinite(cast[name]).all():
+                raise NumericsError(
+                    f"{name}: the new weight has NaN or Inf in {str(weight.dtype).removeprefix('torch.')}; check the "
+                    "update before writing it"
+                )
         with torch.no_grad():
-            weight.copy_(self.to_matrix(W))
+            for name, value in cast.items():
+                self.parameter(name).copy_(value)
 
     def remember(self, names: Collection[str]) -> None:
         """Keep hashes of parameters before their first edit, so that `edited` can tell whether they carry one."""
@@ -184,20 +206,41 @@ class LM:
         return [name for name, value in self._unedited.items() if _hash(self.parameter(name)) != value]
 
     def fingerprint(self, exclude: Collection[str] = ()) -> str:
-        """sha256 (hex) over architecture, parameter names, shapes, dtypes and values; not of `exclude`.
+        """sha256 (hex) of the function the model computes, but for the parameters in `exclude`.
 
-        Read from the weights on every call, so that it can never be that of an earlier state of the model.
-        The same weights in another dtype are another model.
+        It sees the config values that compute, the names, shapes, dtypes and values of parameters and buffers,
+        and the state of adapter layers. Buffers that a checkpoint does not hold follow from the config. The
+        values are read on every call (`_same` says cheaply whether a hash still holds), so that it can never be
+        that of an earlier state of the model. The same weights in another dtype are another model.
+
+        Raises ModelError in training mode, whose passes are random, and for weights that are not in memory.
         """
+        self.check_ready()
         digest = hashlib.sha256()
         config = {key: getattr(self.model.config, key, None) for key in _IDENTITY}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, param in sorted(self.model.named_parameters()):
-            if name in exclude:
-                continue
-            digest.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
-            digest.update(_bytes(param))
+        digest.update(json.dumps(_adapters(self.model), default=str).encode())
+        persistent = self.model.state_dict().keys()
+        buffers = [(n, b) for n, b in self.model.named_buffers() if n in persistent]
+        for name, value in sorted([*self.model.named_parameters(), *buffers], key=lambda item: item[0]):
+            if name not in exclude:
+                check_resident(name, value)
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype} {self._hash(name, value)}".encode())
         return digest.hexdigest()
+
+    def _hash(self, name: str, value: Tensor) -> str:
+        key = _same(value)
+        if key is None or name not in self._hashes or self._hashes[name][0] != key:
+            self._hashes[name] = (key or (), _hash(value))
+        return self._hashes[name][1]
+
+    def check_ready(self) -> None:
+        """Raise ModelError in training mode, where dropout makes every pass another one, and for a model that was
+        compiled since, which ignores hooks.
+        """
+        check_not_compiled(self.model)
+        if self.model.training:  # the adapter that the editor "lora" trains inside may be in this mode
+            raise ModelError(f"{self.name} is in training mode, where dropout is random; call lm.model.eval() first")
 
     # --- text and forward passes ----------------------------------------------------------------------------
 
@@ -233,12 +276,20 @@ class LM:
                 raise RequestError(
                     f"a text has {len(row)} tokens, {self.name} allows {self.max_tokens}: {text[:80]!r}..."
                 )
-        tensors = padded(rows, self.tokenizer.pad_token_id, padding_side)
+        tensors = self.pad(rows, padding_side)
         offsets = None
         if spans is not None:
             offsets = torch.zeros(*tensors["input_ids"].shape, 2, dtype=torch.long)
             offsets[tensors["attention_mask"].bool()] = torch.tensor([x for row in spans for x in row])
         return Encoding(tensors, texts, offsets, padding_side).to(self.device())
+
+    def pad(self, rows: Sequence[Sequence[int]], side: PaddingSide) -> dict[str, Tensor]:
+        """input_ids, attention_mask, position_ids (`batching.padded`) on the device of the embedding.
+
+        Raises ModelError in training mode, and for a compiled model.
+        """
+        self.check_ready()
+        return {k: v.to(self.device()) for k, v in padded(rows, self.tokenizer.pad_token_id, side).items()}
 
     def forward(self, encoding: Encoding, **kwargs):
         """The model's output for a batch, without KV cache by default; gradients as the caller set them."""
@@ -311,14 +362,63 @@ class LM:
             raise ModelError(
                 f"the tokenizer of {self.name} has no pad, eos or unk token; set tokenizer.pad_token first"
             )
-
-
-def _bytes(value: Tensor):
-    return value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+        size = len(submodule(self.model, self.spec.embed).weight)
+        if not 0 <= tok.pad_token_id < size:
+            raise ModelError(
+                f"the padding token {tok.pad_token!r} has number {tok.pad_token_id}, {self.name} embeds {size} tokens; "
+                "set tokenizer.pad_token = tokenizer.eos_token, or resize the embeddings first"
+            )
 
 
 def _hash(value: Tensor) -> str:
-    return hashlib.sha256(_bytes(value)).hexdigest()
+    return hashlib.sha256(
+        value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
+    ).hexdigest()
+
+
+def _same(value: Tensor) -> tuple | None:
+    """Equal for equal values, and in practice for no others: sums of the bits over rows and columns, weighted.
+
+    Several times faster than sha256, on the tensor's own device; versions alone miss writes through `.data`.
+    None for a tensor whose rows are not whole 64-bit words (hashed anew each time).
+    """
+    value = value.detach()
+    if value.ndim < 2 or not value.is_contiguous() or value.shape[-1] * value.element_size() % 8:
+        return None
+    bits = value.flatten(0, -2).view(torch.int64)
+    sums = []
+    for part in (bits.sum(0), bits.sum(1)):
+        weights = torch.arange(1, len(part) + 1, device=part.device) * 0x9E3779B97F4A7C1 + 1
+        sums.append(int((part * weights).sum()))
+    return (*value.shape, value.dtype, *sums)
+
+
+def _adapters(model: nn.Module) -> list:
+    """What decides beside the weights how adapter layers of peft compute; empty for a model without."""
+    states = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return [
+        [name, *(getattr(module, state, None) for state in states)]
+        for name, module in model.named_modules() if hasattr(module, "active_adapters") and hasattr(module, "scaling")
+    ]  # fmt: skip
+
+
+def check_resident(name: str, value: Tensor) -> None:
+    """Raise ModelError for an offloaded weight: what is written to it would be lost."""
+    if value.is_meta:
+        raise ModelError(
+            f"{name} is not in memory (offloaded, device 'meta'), so it cannot be read or written; load the model "
+            "whole: on a larger device, on the CPU (device_map=None), or with dtype=torch.bfloat16"
+        )
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ModelError for compiled models, whose hooks do not run, and wrapped ones."""
+    check_not_compiled(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise ModelError(
+            "the model is wrapped by peft, which hides and freezes its weights; merge the adapter first: "
+            "load_lm(peft_model.merge_and_unload())"
+        )
 
 
 def _short_name(source: str) -> str:

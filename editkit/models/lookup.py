@@ -51,6 +51,7 @@ def find_spans(
     prompts: (template, subject) pairs. A template may carry text on both sides of its slot, also a target.
     Returns the encoding and two LongTensors of shape (n,): column of the first and of the last token that
     covers a character of the subject. Raises RequestError naming prompt and subject when no token does,
+    or one holds letters of the subject and of its surroundings;
     ModelError for tokenizers without offsets.
     """
     filled = [subject_characters(template, subject) for template, subject in prompts]
@@ -75,11 +76,32 @@ def find_spans(
             f"no token of the prompt {text!r} covers the character {character!r} of the subject "
             f"{text[s:e]!r}; the tokenizer dropped it, choose another spelling"
         )
+    _refuse_mixed_tokens(filled, begin, end, covers_first, covers_last)
     width = begin.shape[1]
     first = covers_first.to(torch.long).argmax(-1)
     # A character may be split into several byte pieces with equal offsets: the last one ends the subject.
     last = width - 1 - covers_last.flip(-1).to(torch.long).argmax(-1)
     return encoding, first, last
+
+
+def _refuse_mixed_tokens(
+    filled: Sequence[tuple[str, int, int]], begin: Tensor, end: Tensor, covers_first: Tensor, covers_last: Tensor
+) -> None:
+    """Raise RequestError where a subject is not a word of its own for the tokenizer.
+
+    Where one token holds letters of the subject and of the text around it, its state is not that of the subject.
+    """
+    for i, (text, start, stop) in enumerate(filled):
+        before, behind = text[start - 1 : start].isalnum(), text[stop : stop + 1].isalnum()
+        if not (before or behind):  # blanks and punctuation may share a token with the subject
+            continue
+        mixed = (covers_first[i] & (begin[i] < start)).any() if before else False
+        mixed = mixed or ((covers_last[i] & (end[i] > stop)).any() if behind else False)
+        if bool(mixed):
+            raise RequestError(
+                f"the tokenizer splits the subject {text[start:stop]!r} otherwise inside the prompt {text!r}: one "
+                "token holds letters of both; write the template so that the subject is a word of its own"
+            )
 
 
 def find_positions(

@@ -6,7 +6,8 @@ onto the model's backbone works that out once per forward pass, as a `PromptStat
 
 - without further information every real token of an uncached pass is prompt;
 - teacher-forced passes over prompt + answer say where the prompts end: `with prompts(lm, lengths): lm.model(...)`;
-- a pass with a filled KV cache is a decoding step: it gets the state of the pass that filled the cache.
+- a pass of one token with a filled KV cache is a decoding step: it gets the state of the pass that filled it;
+- several new tokens with a filled cache are the rest of a prompt read in pieces, and refused.
 """
 
 from __future__ import annotations
@@ -89,6 +90,12 @@ class PromptReader:
         for handle in self._handles:
             handle.remove()
 
+    def __deepcopy__(self, memo: dict) -> PromptReader:
+        raise ModelError(
+            f"a memory is attached to {self.name}, and a copy of the model would not carry it: detach() it, copy "
+            "the model, and give the copy the memory by its own save() and load()"
+        )
+
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
@@ -119,7 +126,7 @@ class PromptReader:
             )
         real = mask[:, -columns:].bool()
         if cached:
-            return self._decode(cache, real, ids)
+            return self._decode(cache, cached, real, ids)
         prompt = real
         if self.lengths is not None:
             if len(self.lengths) != rows:
@@ -136,7 +143,7 @@ class PromptReader:
             )
         return PromptState(prompt, real, lengths, ids, prefill=True)
 
-    def _decode(self, cache: Cache, real: Tensor, ids: Tensor | None) -> PromptState:
+    def _decode(self, cache: Cache, cached: int, real: Tensor, ids: Tensor | None) -> PromptState:
         before = self._seen.get(cache)
         if before is None:
             raise ModelError(
@@ -148,6 +155,14 @@ class PromptReader:
                 f"a decoding step has {len(real)} rows, its prompts had {len(before.lengths)}; "
                 "keep the rows of a batch together"
             )
+        if real.shape[1] > 1 and (self.lengths is None or int(self.lengths.max()) > cached):
+            # A prompt read in pieces: the memory has decided by the first piece alone.
+            raise ModelError(
+                f"{real.shape[1]} new tokens came with a filled KV cache, so a part of the prompt was read "
+                "before: an attached memory finds its edits by the whole prompt, read in one pass. Generate "
+                "without prefill_chunk_size, and give a chat's turns together in one prompt without a cache; "
+                "for a longer answer say where the prompts end: with prompts(lm, lengths)"
+            )
         return PromptState(torch.zeros_like(real), real, before.lengths, ids, False, before.route)
 
 
@@ -156,6 +171,12 @@ def readers(lm: LM) -> list[PromptReader]:
     hooks = _backbone(lm)._forward_pre_hooks.values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return [owner for owner in owners if isinstance(owner, PromptReader)]
+
+
+def check_unread(lm: LM, what: str) -> None:
+    """Raise ModelError if a memory is attached: `what` would be of the model with it, under the model's name."""
+    if readers(lm):
+        raise ModelError(f"a memory is attached to {lm.name}, and {what} is for the model alone; detach() it first")
 
 
 @contextmanager

@@ -172,14 +172,15 @@ def _stage_run(alias: str, entry: dict, layout: Layout, source: Path) -> None:
     sidecar, folder = entry["run"], entry["folder"]
     for file in (SIDECAR, f"{sidecar['run_id']}.ipynb", *sidecar_files(sidecar)):
         shutil.copy2(folder / file, files / file)
-    nbformat.write(page(entry["notebook"], alias, sidecar["title"], sidecar.get("says", ())), source / PAGES / f"{alias}.ipynb")
+    made = page(entry["notebook"], alias, sidecar["title"], sidecar.get("says", ()))
+    nbformat.write(made, source / PAGES / f"{alias}.ipynb")
 
 
 def page(
     notebook: nbformat.NotebookNode, alias: str, title: str, says: Sequence[str] = ()
 ) -> nbformat.NotebookNode:
-    """The executed notebook as a page: title and question, what came out (`says`), table of the injected parameters, long
-    code folded, provenance.
+    """The executed notebook as a page: title and question, what came out (`says`), the injected parameters, long code
+    folded, provenance.
     """
     new = nbformat.from_dict(json.loads(json.dumps(notebook)))
     cells = []

@@ -187,6 +187,38 @@ def tidy_log_axes(fig: Figure) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
+def thin_tick_labels(fig: Figure) -> None:
+    """Leave out tick labels that would be printed on top of the one before."""
+    fig.canvas.draw()
+    for axis in (a for axes in fig.axes for a in (axes.xaxis, axes.yaxis)):
+        last = None
+        for label in axis.get_ticklabels(which="both"):
+            if label.get_visible() and label.get_text():
+                box = label.get_window_extent()
+                if last is not None and box.overlaps(last):
+                    label.set_visible(False)
+                else:
+                    last = box
+
+
+def spread_labels(fig: Figure) -> None:
+    """Move labels of points up until none is printed on top of another; drawings without axes stay as they are."""
+    for axes in (a for a in fig.axes if a.axison):
+        placed = []
+        for text in sorted(axes.texts, key=lambda t: t.get_window_extent().y0):
+            box = text.get_window_extent()
+            up = 0.0
+            while hit := next((b for b in placed if b.overlaps(box.translated(0, up))), None):
+                up += hit.y1 - box.y0 - up + 1
+            placed.append(box.translated(0, up))
+            if up and hasattr(text, "xyann") and text.anncoords == "offset points":
+                text.xyann = (text.xyann[0], text.xyann[1] + up * 72 / fig.dpi)
+            elif up:
+                place = text.get_transform()
+                x, y = place.transform(text.get_position())
+                text.set_position(place.inverted().transform((x, y + up)))
+
+
 def themed_svg(fig: Figure, *, prefix: str, title: str = "") -> str:
     """The figure as one `<svg>` element: themed inks, prefixed ids (figures can share a page), alt text.
 
@@ -195,6 +227,8 @@ def themed_svg(fig: Figure, *, prefix: str, title: str = "") -> str:
     from matplotlib import rc_context
 
     tidy_log_axes(fig)
+    thin_tick_labels(fig)
+    spread_labels(fig)
     buffer = io.StringIO()
     with rc_context(
         {"svg.hashsalt": "editkit", "svg.fonttype": "none"}

@@ -130,12 +130,13 @@ def summarize(
     if not by:
         raise ConfigError("by must name at least one column, e.g. by=['axis']")
     units = per_fact(df, by, metric)
-    counts = df.groupby(by, sort=False, dropna=False)[metric].agg(["size", "count"])
+    # By position: a key that holds None twice or more is not found by `loc`.
+    counts = df.groupby(by, sort=False, dropna=False)[metric].agg(["size", "count"]).to_numpy()
     rows = []
-    for key, part in units.groupby(by, sort=False, dropna=False):
+    groups_of = units.groupby(by, sort=False, dropna=False)
+    for (key, part), (size, defined) in zip(groups_of, counts.tolist(), strict=True):
         groups = part["seed"] if "seed" in part.columns and "seed" not in by else None
         interval = bootstrap_mean(part[metric], groups, n_boot=n_boot, seed=seed, confidence=confidence)
-        size, defined = (int(v) for v in counts.loc[key if len(by) > 1 else key[0]])
         rows.append({
             **dict(zip(by, key, strict=True)), "mean": interval.mean, "lo": interval.lo, "hi": interval.hi,
             "n_facts": interval.n, "n_probes": size, "n_undefined": size - defined, "method": interval.method,

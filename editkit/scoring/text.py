@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ..base.errors import ConfigError, DataError, RequestError
 from ..base.progress import bar
@@ -22,6 +23,7 @@ from ..models.prompts import readers
 from .engine import TOKEN_BUDGET, PaddingSide, batches, pad_rows
 from .generation import generate, released_text
 
+_COLUMNS = 64  # tokens a row whose logits are held in float32 at a time
 _FLUENCY_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
@@ -106,6 +108,12 @@ class TfIdf:
         return float((x @ y.T).sum())
 
 
+def _picked(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities (rows, columns) of ids, at least float32."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.gather(2, ids[..., None])[..., 0] - logits.logsumexp(-1)
+
+
 @torch.no_grad()
 def text_logprobs(
     lm: LM,
@@ -136,10 +144,10 @@ def text_logprobs(
     for batch in bar(list(batches([len(r) for r in rows], batch_size, token_budget)), "perplexity"):
         inputs = pad_rows(lm, [rows[i] for i in batch], padding_side)
         logits = lm.model(**inputs, use_cache=False, return_dict=True).logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        picked = logits[:, :-1].gather(2, inputs["input_ids"][:, 1:, None])[..., 0] - logits[
-            :, :-1
-        ].logsumexp(-1)
+        targets = inputs["input_ids"][:, 1:]
+        picked = torch.cat([_picked(part, ids) for part, ids in zip(
+            logits[:, :-1].split(_COLUMNS, 1), targets.split(_COLUMNS, 1), strict=True)], 1)  # fmt: skip
+        del logits
         for r, i in enumerate(batch):
             n, width = len(rows[i]), picked.shape[1]
             columns = slice(width - n + 1, width) if padding_side == "left" else slice(0, n - 1)

@@ -18,7 +18,7 @@ from ..corpora import real
 from ..corpora.table import FactTable, Key
 from ..models.facts import Fact
 from ..models.lm import LM
-from ..scoring import score
+from ..scoring import protocols, score
 from ..scoring.generation import generate
 
 Source = Literal["english", "prompts", "both", "samples"]
@@ -66,15 +66,16 @@ def recall(
         wording = table.relation(relation).templates[template].text
         facts = [Fact(wording, s, table.value(relation, s), relation=relation) for s in subjects]
 
-        def ask(facts=facts) -> dict[str, torch.Tensor]:
+        def ask(_: Sequence[str] = (), facts=facts) -> dict[str, dict[str, torch.Tensor]]:
             rows = score(lm, facts, "generate", ["efficacy"])
             text = json.dumps(list(rows["text"])).encode()
             flags = {k: torch.tensor(rows[k].to_numpy(dtype=np.float32)) for k in ("exact", "prefix")}
-            return {**flags, "text": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+            return {"all": {**flags, "text": torch.frombuffer(bytearray(text), dtype=torch.uint8)}}
 
         asked = hashlib.sha256(repr([(f.text, f.target) for f in facts]).encode()).hexdigest()
         content = {"fingerprint": fingerprint, "asked": asked}
-        said = ask() if cache_dir is None else found_or_made(cache_dir, "recall", content, ask)
+        kept = {} if cache_dir is None else found_or_made(cache_dir, "recall", content, ask, protocols.__file__)
+        said = (kept or ask())["all"]
         columns = {"relation": relation, "subject": subjects, "answer": [f.target for f in facts]}
         texts = json.loads(bytes(said["text"].numpy()))
         parts.append(pd.DataFrame({**columns, "text": texts, **{k: said[k].numpy() for k in ("exact", "prefix")}}))
@@ -144,8 +145,8 @@ def cost_of_keys(C: torch.Tensor, keys: torch.Tensor) -> float:
     """Mean of k^T C^-1 k over keys (d, n), C (d, d) scaled to trace d: how freely updates may go along these keys.
 
     The larger, the less the moment protects these directions (MEMIT eq. 14: the update is spread by C^-1 k).
-    C is regularised by 1e-6 of its mean diagonal, for directions that no text has.
+    C is regularised by a thousandth of its mean diagonal, for directions that no text has.
     """
     d = C.shape[0]
-    scaled = C * (d / C.trace()) + 1e-6 * torch.eye(d, dtype=C.dtype, device=C.device)
+    scaled = C * (d / C.trace()) + 1e-3 * torch.eye(d, dtype=C.dtype, device=C.device)
     return float((keys * torch.linalg.solve(scaled, keys)).sum(0).mean())

@@ -27,6 +27,7 @@ from .real import known
 from .testbed import TableTestbed, open_model
 
 AXES = ("efficacy", "paraphrase", "others")
+N_ENGLISH = 1500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,8 @@ def profile(trace: CausalTrace, n_boot: int = 1000, seed: int = 0) -> pd.DataFra
 
 @dataclasses.dataclass(frozen=True)
 class RealTestbed(TableTestbed):
-    """A model and the real facts that it says. Its text: their statements, and as many texts of ordinary English.
+    """A model and the real facts that it says. Its text: their statements, and as many texts of ordinary English, at
+    least `N_ENGLISH` of them, so that the moments have full rank.
 
     The statements matter: with second moments of English alone, the same edits cost twice as many other facts.
     """
@@ -116,7 +118,7 @@ class RealTestbed(TableTestbed):
 
     def texts(self) -> list[str]:
         statements = real.prompts(self.table)
-        return [*statements, *real.english()[: len(statements)]]
+        return [*statements, *real.english()[: max(N_ENGLISH, len(statements))]]
 
 
 def open_real(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..base.config import check_known
+from ..base.downloads import download_dir
 from ..base.errors import ConfigError, DataError
 from ..base.paths import user_path
 from ..corpora import real
@@ -32,9 +33,11 @@ from ..models.joining import join
 from ..models.lm import LM, load_lm
 from ..models.pretrained import PRETRAINED, pretrained_folder
 from .arms import options_of
+from .real import known, sample
 
 Statement = tuple[str, str, str]  # template, subject, true answer
-CORPORA = ("world", "real", "clare", "counterfact", "multi_counterfact", "zsre")
+CORPORA = ("world", "real", "real-all", "clare", "counterfact", "multi_counterfact", "zsre")
+ASKED, HELD = 150, 500  # facts a relation that a model is asked; texts kept out of the second moments
 
 
 def open_model(name: str, **options: Any) -> LM:
@@ -105,10 +108,11 @@ class Testbed(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class TableTestbed(Testbed):
-    """A model and a table of facts. own_texts: its text, where the table does not bring one."""
+    """A model and a table of facts. own_texts: its text, where the table does not bring one; held: kept out of it."""
 
     table: FactTable | None = None
     own_texts: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
     def edits(self, n, seed, *, n_paraphrases=2, protected=3, n_same_subject=None, relations=None):
         return [] if n == 0 else edit_facts(
@@ -138,10 +142,10 @@ class TableTestbed(Testbed):
         return list(self.own_texts) or self.world.corpus_texts()
 
     def held_out(self, n, seed=1):
-        """Of a world, biographies of people of another one, whom the model never met; else later texts of its own."""
-        if self.own_texts:
-            picks = np.random.default_rng([seed, 17]).permutation(len(self.own_texts))[:n]
-            return [self.own_texts[i] for i in picks]
+        """Of a world, biographies of people of another one, never met; else texts that were held back."""
+        if pool := self.held or self.own_texts:
+            picks = np.random.default_rng([seed, 17]).permutation(len(pool))[:n]
+            return [pool[i] for i in picks]
         companies = len(self.world.companies)
         other = World(seed=self.world.seed + 1 + seed, n_people=max(4, n + n % 2), n_companies=companies)
         return [b.text for b in other.biographies(1, seed)][:n]
@@ -192,7 +196,7 @@ class CorpusTestbed(Testbed):
         return [join(template.replace('{}', subject), answer) for template, subject, answer in rows]
 
     def texts(self):
-        return list(self.own_texts) or [f"{f.text} {f.target_true}" for f in self.requests if f.target_true]
+        return list(self.own_texts) or [join(f.text, f.target_true) for f in self.requests if f.target_true]
 
     def held_out(self, n, seed=1):
         texts = self.texts()
@@ -219,6 +223,8 @@ def statistics(
 def open_testbed(model: str = "companion", corpus: str = "auto", **options: Any) -> Testbed:
     """The testbed of a model. corpus: one of `CORPORA`, or "auto": real facts for a pretrained model, else the world.
 
+    "real" are the facts that the model says when asked (`real.known`, at most `ASKED` of each relation, kept under the
+    model's hash); "real-all" are all of them, known or not.
     The world is that of the companion's folder, or the shipped one. options: of `load_lm`. Raises ConfigError for an
     unknown corpus, DataError where files are missing or the model is not available here.
     """
@@ -230,8 +236,12 @@ def open_testbed(model: str = "companion", corpus: str = "auto", **options: Any)
         world = load_world(model if (user_path(model) / "world.json").exists() else None)
         return TableTestbed(lm, corpus, ".", world)
     texts = real.english() if model != "companion" else tuple(load_world().corpus_texts())
-    if corpus == "real":
-        return TableTestbed(lm, corpus, "", real.load(), texts)
+    if corpus in ("real", "real-all"):
+        table = real.load()
+        if corpus == "real":
+            table = known(lm, table, ASKED, cache_dir=download_dir("recall"))
+        own = (*real.prompts(table, sample(table, ASKED)), *real.english()[:-HELD])
+        return TableTestbed(lm, corpus, "", table, own, real.english()[-HELD:])
     return CorpusTestbed(lm, corpus, "", tuple(_requests(corpus)), texts)
 
 

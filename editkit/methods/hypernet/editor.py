@@ -104,7 +104,7 @@ class HyperEditor(Editor):
         """Add to a weight (its float32 master, below float32), cast once."""
         weight = self.lm.parameter(name)
         master = self._masters.get(name, weight.detach()).double() + shift.to(weight.device)
-        weight.copy_(master)
+        self.lm.write({name: master})
         if torch.promote_types(weight.dtype, torch.float32) != weight.dtype:
             self._masters[name] = master.float()
 

@@ -6,13 +6,14 @@ keeps the states that enter the first edited block; `entering` makes the model s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ...models.hooks import hidden, submodule, trace
+from ...models.hooks import bypassed, hidden, trace
+from ...models.hooks import entering as enter_block
 from ...models.lm import LM
 from .data import Pair, TupleBatch
 from .sites import Site
@@ -33,23 +34,15 @@ def entering(lm: LM, block: int, states: Tensor) -> Iterator[LM]:
 
     The batch has to be the one the states are of. Nothing is replaced for block 0.
     """
-    blocks = submodule(lm.model, lm.spec.blocks)[:block]
-    as_tuple = lm.spec.block_output == "tuple"
-
-    def skip(given: Tensor | None) -> Callable:
-        def forward(hidden_states: Tensor, *args, **kwargs):
-            value = hidden_states if given is None else given
-            return (value,) if as_tuple else value
-
-        return forward
-
-    try:
-        for i, module in enumerate(blocks):
-            module.forward = skip(states if i == block - 1 else None)
+    if not block:
         yield lm
-    finally:
-        for module in blocks:
-            module.__dict__.pop("forward", None)
+        return
+    names = [lm.block_name(i) for i in range(block)]
+    with (
+        bypassed(lm.model, names, as_tuple=lm.spec.block_output == "tuple"),
+        enter_block(lm.model, lm.block_name(block), states),
+    ):
+        yield lm
 
 
 class StateMemory:

@@ -64,9 +64,10 @@ def oriented(lm: LM, site: Site, matrix: Tensor) -> Tensor:
 def add_shifts(lm: LM, sites: Sequence[Site], start: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
     """Write start + shift into each weight, cast once. start: in the model's orientation; shifts (m, d)."""
     with torch.no_grad():
-        for site, W, shift in zip(sites, start, shifts, strict=True):
-            weight = lm.parameter(site.weight_name)
-            weight.copy_(W.to(shift) + oriented(lm, site, shift))
+        lm.write({
+            site.weight_name: W.to(shift) + oriented(lm, site, shift)
+            for site, W, shift in zip(sites, start, shifts, strict=True)
+        })  # fmt: skip
 
 
 def weights(lm: LM, sites: Sequence[Site]) -> list[Tensor]:

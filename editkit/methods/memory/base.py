@@ -91,7 +91,6 @@ class MemoryEditor(ABC):
         self.background = _check_background(background)
         self._reader: PromptReader | None = None
         self._handles: list[Any] = []
-        self._base: tuple[tuple, str] | None = None
         self._start: str | None = None  # the model the first edit was made beside
         self.n_facts = 0
         self.check()
@@ -322,11 +321,8 @@ class MemoryEditor(ABC):
         return base
 
     def _fingerprint(self) -> str:
-        """Hash of the model; taken again only if its parameters were written to or replaced."""
-        version = tuple((n, p.data_ptr(), p._version) for n, p in self.lm.model.named_parameters())
-        if self._base is None or self._base[0] != version:
-            self._base = (version, self.lm.fingerprint())
-        return self._base[1]
+        """Hash of the model beside the memory."""
+        return self.lm.fingerprint()
 
 
 def open_memory(path: str | os.PathLike, lm: LM) -> MemoryEditor:

@@ -17,21 +17,40 @@ from ...base.errors import NumericsError
 Expand = Literal["coverage", "moving_average"]
 Match = Literal["answer", "released"]
 Place = Literal["new", "split", "replaced", "expanded", "inside"]
-_SAME = 1e-5  # relative distance below which two queries are one: rounding depends on a batch's width
+_SAME = 1e-5  # relative distance below which two float32 queries are one (see `slack`)
 _GAP = 1e-5  # the older entry's radius after a split, so that the two balls do not touch (released code)
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """What an entry answers: token ids, and the length of the prompt (used by match="released" only)."""
+    """What an entry answers, and for which prompt.
+
+    ids: the answer's tokens.   n_prompt: length of the prompt (used by match="released" only).
+    prompt: the prompt's tokens; a prompt edited again is known by them. Empty: by its distance alone.
+    """
 
     ids: tuple[int, ...]
     n_prompt: int = 0
+    prompt: tuple[int, ...] = ()
 
     @property
     def released_mean(self) -> float:
         """Mean of the label vector with -100 at the prompt's positions: what the released code compares."""
         return float(torch.tensor([-100] * self.n_prompt + list(self.ids)).float().mean())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative difference that two readings of one prompt may have at a dtype."""
+    return max(_SAME, 2 * torch.finfo(dtype).eps)
+
+
+def slack(queries: Tensor) -> Tensor:
+    """How far two readings of the same queries (..., d) may lie apart, (...): rounding at their dtype.
+
+    The same prompt gives other last bits in a batch of another width, with padding or with an answer behind
+    it. A radius that was set to a distance must still cover that distance when it is measured again.
+    """
+    return rounding(queries.dtype) * (1 + queries.float().norm(dim=-1))
 
 
 class Codebook:
@@ -64,9 +83,13 @@ class Codebook:
         return torch.cdist(self.keys, queries, compute_mode="donot_use_mm_for_euclid_dist")
 
     def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest entry, its distance, and whether the query lies within its radius; each (b,)."""
+        """Nearest entry, its distance, and whether the query lies within its radius; each (b,).
+
+        Within means up to rounding (`slack`). An entry whose radius is below 0 (a released split) is never read.
+        """
         distance, nearest = self.distances(queries).min(0)
-        return nearest, distance, distance <= self.radii[nearest]
+        radius = self.radii[nearest]
+        return nearest, distance, (radius >= 0) & (distance <= radius + slack(queries).to(radius))
 
     def place(self, query: Tensor, value: Tensor, label: Label) -> tuple[int, Place]:
         """Make room for an edit; returns the entry whose value has to be trained, and what happened.
@@ -74,14 +97,16 @@ class Codebook:
         query (d,), value (o,): key and start value, used if the edit becomes a new entry.
         "new":      farther than eps_init + eps of the nearest entry.
         "split":    nearer, but the nearest answers something else: both get half the distance as radius.
-        "replaced": the very key of an entry that answers something else (a prompt edited again). A split
-                    would leave two entries of radius 0 of which the older one is found, so with
-                    match="answer" the entry takes the new answer, and a new value.
+        "replaced": the nearest entry was made for the same prompt (its tokens, or its key up to rounding) and
+                    answers something else: a prompt edited again. A split would leave two entries of radius
+                    0 of which the older one is found, so with match="answer" the entry takes the new answer,
+                    and a new value.
         "expanded": the same answer outside its radius: the radius grows to the distance.   "inside": covered.
         Raises NumericsError for NaN or Inf.
         """
         if not torch.isfinite(query).all():
             raise NumericsError("the query of this edit has NaN or Inf; check the model's activations")
+        noise = slack(query).to(self.keys)
         query = query.detach().to(self.keys)
         if not len(self):
             return self._append(query, value, label), "new"
@@ -90,8 +115,8 @@ class Codebook:
         if distance > self.radius + self.radii[near]:
             return self._append(query, value, label), "new"
         if not self._same(label, near):
-            same_place = distance <= _SAME * (1 + query.norm())
-            if same_place and self.match == "answer":
+            same_prompt = bool(label.prompt) and label.prompt == self.labels[near].prompt
+            if self.match == "answer" and (same_prompt or distance <= noise):
                 self.values[near], self.labels[near] = value.detach().to(self.values), label
                 return near, "replaced"
             new = self._append(query, value, label)
@@ -128,11 +153,12 @@ class Codebook:
 
     def state(self) -> tuple[list, dict[str, Tensor]]:
         """Labels as JSON-able values, and the tensors."""
-        labels = [[list(x.ids), x.n_prompt] for x in self.labels]
+        labels = [[list(x.ids), x.n_prompt, list(x.prompt)] for x in self.labels]
         return labels, {"keys": self.keys, "values": self.values, "radii": self.radii}
 
     def load_state(self, labels: list, tensors: dict[str, Tensor]) -> None:
         """Inverse of `state`."""
         device = self.keys.device
         self.keys, self.values, self.radii = (tensors[k].to(device) for k in ("keys", "values", "radii"))
-        self.labels = [Label(tuple(ids), n) for ids, n in labels]
+        # Files written before prompts were kept have two values a label.
+        self.labels = [Label(tuple(ids), n, tuple(*prompt)) for ids, n, *prompt in labels]

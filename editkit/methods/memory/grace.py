@@ -136,7 +136,8 @@ class GRACE(MemoryEditor):
             raise ConfigError(f"replacement='prompt' needs a prompt of two tokens or more, got {fact.text!r}")
         upper = LayerPass(self.lm, encoding, cfg.layer, cfg.module)
         query, out = upper.x[0, column], upper.out
-        label = Label(tuple(places[:, 3].tolist()), column + 1)
+        prompt = tuple(encoding.input_ids[0, : column + 1].tolist())
+        label = Label(tuple(places[:, 3].tolist()), column + 1, prompt)
         index, place = self.book.place(query, self.initial_value(out[0, column].float()), label)
         value = self.book.values[index].clone().requires_grad_(True)
         hit = bool(self.book.find(query[None])[2][0])

@@ -4,7 +4,9 @@
 
 No parameter and no activation is touched; a model that has learned to use its context gives the answer. Prompts
 are compared by TF-IDF over tokens. The prefix is put into the forward pass itself: callers see the columns they
-fed, so that scoring, batches and `generate()` with a KV cache work as for every other editor.
+fed, so that scoring, batches and `generate()` with a KV cache work as for every other editor. The sequence's
+first token stays first, before the edits; where the tokenizer would join an edit and what follows without a space,
+the edit ends its line.
 """
 
 from __future__ import annotations
@@ -78,6 +80,17 @@ class _PrefixReader(PromptReader):
             mask = torch.ones(len(ids), total, dtype=torch.long, device=ids.device)
         if positions is None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        limit, width = self.editor.lm.max_tokens, prefix.shape[1] + mask.shape[1]
+        if limit is not None and width > limit:
+            raise RequestError(
+                f"{prefix.shape[1]} tokens of edits and {mask.shape[1]} of prompt and answer are more than the "
+                f"{limit} of {self.editor.lm.name}; lower n_edits, or give shorter prompts"
+            )
+        # A prefix that brings the sequence's first token takes the place of the prompt's own.
+        moved = self.editor.begins(prefix)
+        first = mask.long().argmax(-1, keepdim=True)
+        mask = mask.scatter(1, first, mask.gather(1, first) * (~moved)[:, None].to(mask))
+        positions = (positions - moved[:, None].to(positions)).clamp(min=0)
         given["attention_mask"] = torch.cat([shown.to(mask), mask], dim=1)
         given["position_ids"] = positions + shown.sum(-1, keepdim=True)
         given.pop("cache_position", None)
@@ -147,7 +160,7 @@ class InContext(MemoryEditor):
             [
                 t
                 for i, c in reversed(list(zip(b, s, strict=True)))
-                if c >= self.config.threshold
+                if c >= self.config.threshold - 1e-6  # a prompt finds itself: its cosine is 1 up to rounding
                 for t in self.told[i]
             ]
             for b, s in zip(best, cosine, strict=True)
@@ -155,17 +168,43 @@ class InContext(MemoryEditor):
         width = max(map(len, found))
         if not width:
             return None
+        bos = self.lm.tokenizer.bos_token_id
+        found = [
+            [bos, *told] if told and bos is not None and row[:1] == [bos] else told
+            for row, told in zip(rows, found, strict=True)
+        ]
+        width = max(map(len, found))
         rows = [[-1] * (width - len(row)) + row for row in found]
         return torch.tensor(rows, device=state.ids.device)
+
+    def begins(self, prefix: Tensor) -> Tensor:
+        """(b,) whether the row's prefix (b, p) starts with the tokenizer's first token, moved there."""
+        bos = self.lm.tokenizer.bos_token_id
+        if bos is None:
+            return torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
+        first = (prefix >= 0).long().argmax(-1, keepdim=True)
+        return prefix.gather(1, first)[:, 0] == bos
+
+    def _tell(self, fact: Fact) -> list[int]:
+        """Tokens of the edit as it is told, with a line's end where the prompt would join without a space."""
+        tokenizer, text = self.lm.tokenizer, self.config.template.replace("{}", fact.statement)
+        prompt = tokenizer(fact.text, add_special_tokens=False)["input_ids"]
+        for end in ("", "\n", " "):
+            told = tokenizer(text + end, add_special_tokens=False)["input_ids"]
+            head, whole = tokenizer.decode(told), tokenizer.decode(told + prompt)
+            if head[-1:].isspace() or whole[len(head) :][:1].isspace():
+                return told
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def write_facts(self, facts: list[Fact]) -> dict[str, Any]:
         limit = self.lm.max_tokens
         for fact in facts:
-            text = self.config.template.replace("{}", fact.statement)
-            told = self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            told = self._tell(fact)
             row = self.lm.tokenizer(fact.text)["input_ids"]
             if limit is not None and self.config.n_edits * len(told) + len(row) > limit:
-                raise RequestError(f"{self.config.n_edits} edits like {text!r} leave {self.lm.name} no room")
+                raise RequestError(
+                    f"{self.config.n_edits} edits like {fact.statement!r} leave {self.lm.name} no room"
+                )
             if row in self.index.rows:  # a prompt edited again: the latest answer
                 self.told[self.index.rows.index(row)] = told
                 continue

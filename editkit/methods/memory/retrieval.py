@@ -23,6 +23,7 @@ from ...models.hooks import submodule, trace
 from ...models.prompts import PromptState
 from ..base import register
 from .base import MemoryEditor
+from .codebook import rounding
 from .token_index import TokenIndex
 
 _LEAD = 12.0  # nats by which the stored answer leads every other token
@@ -103,8 +104,9 @@ class Retrieval(MemoryEditor):
             raise ModelError("retrieval reads token ids; call the model with input_ids, not embeddings")
         prompts = [row[keep].tolist() for row, keep in zip(state.ids, state.prompt, strict=True)]
         found = self.find(prompts, state.mean(out))
-        # the slack lets a prompt find itself in any batch
-        hit = [i if cosine >= self.config.threshold - 1e-6 else -1 for i, cosine in found]
+        # the slack lets a prompt find itself in any batch; a cosine moves by the square of its states' rounding
+        slack = max(1e-6, 2 * rounding(out.dtype) ** 2)
+        hit = [i if cosine >= self.config.threshold - slack else -1 for i, cosine in found]
         return _Spoken([self.answers[i] if i >= 0 else None for i in hit], [0] * len(hit))
 
     def read(self, name: str, x: Tensor, out: Tensor, state: PromptState) -> None:

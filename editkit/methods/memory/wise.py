@@ -31,6 +31,7 @@ from ...models.hooks import submodule
 from ...models.prompts import PromptState
 from ..base import register
 from .base import MemoryEditor
+from .codebook import rounding
 from .layer_pass import check_loss, module_path
 from .wise_merge import ties
 from .wise_rows import Rows, distance, hinge, paper_rows, released_rows, sample_wise_contexts
@@ -174,12 +175,14 @@ class WISE(MemoryEditor):
         if not memories:
             return None
         W, released = self.weight, self.config.form == "released"
+        # With act_ratio = 1 the bound is an edit's own activation, read again with other last bits.
+        noise = rounding(x.dtype)
         x = x.detach().to(W)
         acts = torch.stack([self.activation(x, S, W, state.prompt) for S, _ in memories])
         if released and x.shape[1] > _LONG:
             acts = torch.stack([distance(self, x, S, W, state.prompt, largest=True) for S, _ in memories])
         bounds = acts.new_tensor([bound for _, bound in memories])[:, None]
-        above = acts >= bounds
+        above = acts >= bounds * (1 - noise)
         best = torch.where(above, acts, -torch.inf).max(0)
         chosen = torch.where(above.any(0), best.indices, -1)
         if released and self.config.retrieve and self._open:

@@ -114,9 +114,7 @@ class FT(Editor):
                     if cfg.limit is not None:
                         for master, w in zip(masters, start, strict=True):
                             master.clamp_(w - cfg.limit, w + cfg.limit)
-                    with torch.no_grad():
-                        for p, master in zip(params, masters, strict=True):
-                            p.copy_(master)
+                    self.lm.write(dict(zip(names, masters, strict=True)))
                 if total / len(facts) < cfg.loss_threshold:
                     break
         for name, p, master in zip(names, params, masters, strict=True):

@@ -25,7 +25,7 @@ from ...locate.target_rows import encode_targets
 from ...models.facts import Fact
 from ...models.hooks import submodule
 from ..base import Editor, register
-from ..delta import snapshot, write
+from ..delta import snapshot
 from .ft import target_loss
 
 _ADAPTER = "editkit"
@@ -113,7 +113,7 @@ class LoRA(Editor):
         names = self.parameter_names()
         base = self.base or {name: v.cpu() for name, v in snapshot(self.lm, names).items()}
         self._broken = True
-        write(self.lm, base)
+        self.lm.write(base)
         with _adapted(self.lm, self.module_names(), self.config, self.adapter, self.n_facts) as layers:
             losses = self._train(facts, layers)
             updates = {
@@ -134,7 +134,7 @@ class LoRA(Editor):
                 raise NumericsError(f"lora: {name} has NaN or Inf; lower lr = {self.config.lr:g}")
             if wide != weight.dtype:
                 self._masters[name] = new
-            write(self.lm, {name: new})
+            self.lm.write({name: new})
         return {"losses": [losses[0], losses[-1]], "steps": len(losses)}
 
     def _train(self, facts: list[Fact], layers: dict[str, Any]) -> list[float]:

@@ -23,7 +23,7 @@ from ...base.errors import ConfigError
 from ...linear.nse import nse_step, select_neurons
 from ...models.facts import Fact
 from ..base import register
-from ..delta import snapshot, write
+from ..delta import snapshot
 from .accumulate import part
 from .locate_then_edit import LocateConfig, LocateEditor
 
@@ -96,11 +96,11 @@ class NSE(LocateEditor):
         if self.config.z_from == "current" or self._start is None:
             return self.targets(facts)
         now = snapshot(self.lm, self.parameter_names())
-        write(self.lm, self._start)
+        self.lm.write(self._start)
         try:
             return self.targets(facts)
         finally:
-            write(self.lm, now)
+            self.lm.write(now)
 
     def _pass(self, facts: list[Fact], active: list[int], Z: Tensor, number: int) -> None:
         cfg = self.config

@@ -20,6 +20,7 @@ import numpy as np
 from ...base.errors import ConfigError, DataError
 
 MODELS = "models"
+_FLOOR = 1e-12  # of the scale a quantity stems from: a few thousand roundings of float64
 
 
 class CannotHandle(DataError):
@@ -60,11 +61,13 @@ def _array(value) -> np.ndarray:
 
 
 def compare(
-    name: str, ours, recorded, tolerance: float, *, relative: bool = False, note: str = ""
+    name: str, ours, recorded, tolerance: float, *, relative: bool = False, scale: float = 0.0, note: str = ""
 ) -> Comparison:
     """Largest absolute difference of two arrays (tensors, lists, numbers) of equal shape.
 
     relative: divide by the largest absolute recorded value (by 1 if that is zero).
+    scale: with relative, the size of the quantity this one stems from (an error cache: the update). What both
+        sides leave below `_FLOOR` of it is rounding; compared with itself it would be a deviation of 1.
     A different shape, a NaN or an Inf on one side only gives an infinite deviation, i.e. a failed comparison.
     """
     a, b = _array(ours), _array(recorded)
@@ -77,7 +80,8 @@ def compare(
         difference = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
     deviation = float(difference.max())
     if relative and math.isfinite(deviation):
-        deviation /= float(np.abs(b[np.isfinite(b)]).max(initial=0.0)) or 1.0
+        size = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
+        deviation /= max(size, scale * _FLOOR / tolerance if tolerance > 0 else 0.0) or 1.0
     return Comparison(name, math.inf if math.isnan(deviation) else deviation, tolerance, note)
 
 

@@ -48,5 +48,6 @@ def main(args: argparse.Namespace) -> int:
                 print(f"    {flag:<4} {c.deviation:10.2e}  {c.tolerance:9.1e}  {c.name}  {c.note}".rstrip())
             if outcome.unused:
                 print(f"    not read by the adapter: {', '.join(outcome.unused)}")
+    print(*runner.summary(outcomes), sep="\n")
     print(runner.totals(outcomes))
     return int(any(o.verdict == "failed" for o in outcomes))

@@ -72,19 +72,20 @@ class _Errors:
         batch = recorded_batch(self.case, f"b{t}_", len(self.case.data["batches"][t]))
         for i, l in enumerate(layers):
             recorded = self.case.arrays[name][i]
+            K = batch[f"K_{l}"]
+            R = (batch["z"] - batch[f"curz_{l}"]) / (len(layers) - i)
             if editor.config.compensate:
                 ours = editor.error[l]
             elif not recorded.any():
                 continue  # memit_seq_prune never writes it
             else:
-                K = batch[f"K_{l}"]
-                R = (batch["z"] - batch[f"curz_{l}"]) / (len(layers) - i)
                 S = self.S.get(l, torch.zeros_like(K @ K.T)) + K @ K.T
                 self.S[l] = S
                 C = editor.config.lam * editor.second_moment(l) + S
                 ours = self.sums.get(l, 0) + solved[f"written_{l}"] @ C - R @ K.T
                 self.sums[l] = ours
-            yield compare(f"{name}[{i}]", ours, recorded, 1e-4, relative=True)
+            scale = float((R @ K.T).abs().max())  # what the update is solved from; less is its rounding
+            yield compare(f"{name}[{i}]", ours, recorded, 1e-4, relative=True, scale=scale)
 
 
 def _postprocessed(case: Case, cls: type[PostprocessedEditor], **options: Any) -> list[Comparison]:

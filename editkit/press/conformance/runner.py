@@ -120,6 +120,21 @@ def format_header(width: int) -> str:
     return f"{head}  largest at / reason"
 
 
+def summary(outcomes: Sequence[Outcome]) -> list[str]:
+    """The closing table: agreed, not compared (with the reason) and failed, with the farthest of each."""
+    lines = []
+    for verdict, title in (("passed", "agreed"), ("skipped", "not compared"), ("failed", "failed")):
+        found = [o for o in outcomes if o.verdict == verdict]
+        worst = max((o for o in found if o.worst), key=lambda o: o.worst.severity, default=None)
+        detail = "" if worst is None else f"  farthest: {worst.case}, {worst.worst.name}"
+        if worst is not None:
+            detail += f" ({worst.worst.deviation:.1e} of {worst.worst.tolerance:.1e} allowed)"
+        lines.append(f"{title:<15}{len(found):>4}{detail}".rstrip())
+        if verdict != "passed":
+            lines += [f"    {o.case}: {o.reason}" for o in found if o.reason]
+    return lines
+
+
 def totals(outcomes: Sequence[Outcome]) -> str:
     """The last line: `N passed, M failed, K skipped`."""
     count = {v: sum(o.verdict == v for o in outcomes) for v in ("passed", "failed", "skipped")}

@@ -230,7 +230,7 @@ def run_all(
 def trained(
     lm: LM, records: Sequence[EditRecord], method: str, *, seed: int, folder: Path | None = None, **options
 ) -> tuple[Hypernetwork, float]:
-    """A hypernetwork (`hypernet.bench.train` with these options) and the processor seconds of its training.
+    """A hypernetwork (`horse.bench.train` with these options) and the processor seconds of its training.
 
     folder: where it is kept, and found again by an interrupted run.
     """

@@ -1,1 +1,0 @@
-"""Experiments of the chapter on massive editing: trained hypernetworks, their costs, the printed figures."""

@@ -1,1 +1,0 @@
-"""Experiments of the chapter on sequential editing: sequences, streams, health, revisions."""

@@ -1,1 +1,0 @@
-"""Lifelong editing: streams of single edits, the protocols of the MEMOIR paper, its printed figures."""
