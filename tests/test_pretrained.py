@@ -195,7 +195,9 @@ def test_fetch_makes_a_folder_once(shop, capsys):
     assert len(shop.calls) == 1
 
 
-def test_not_fetched_is_said_early(shop):
+def test_not_fetched_is_said_early(shop, capsys):
+    assert cli.main(["doctor", "tiny"]) == 2 and "run `editkit fetch tiny`" in capsys.readouterr().err
+    assert cli.main(["doctor", "x.gguf"]) == 2 and "is a GGUF file; load it" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"not available here .*run `editkit fetch tiny`"):
         testbed.open_model("tiny")
     run = RunSpec("s", "n.ipynb", "a", {}, requires=("model:tiny",))
