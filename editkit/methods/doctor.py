@@ -22,6 +22,7 @@ from ..models.architectures import ArchSpec
 from ..models.batching import Encoding
 from ..models.capacity import memory_plan, savings
 from ..models.facts import Fact
+from ..models.gguf import is_gguf
 from ..models.hooks import hidden, submodule, trace
 from ..models.lm import LM
 from ..models.lookup import find_positions
@@ -35,6 +36,7 @@ from ..models.preflight import (
     tiny_model,
     weight_bytes,
 )
+from ..models.pretrained import source_of
 from . import EDITORS
 from .presets import find_for
 
@@ -354,9 +356,15 @@ def add_parser(subparsers) -> None:
 def _run(args: argparse.Namespace) -> int:
     where = {"revision": args.revision} if args.revision else {}
     memory = None if args.memory is None else {**free_memory(), "accelerator": int(args.memory * 2**30)}
+    if is_gguf(args.model):
+        raise ModelError(
+            f"{args.model} is a GGUF file; load it with load_lm, write model and tokenizer with save_folder "
+            "(editkit.models.gguf) and examine that folder"
+        )
     found = examine(
-        args.model, method=args.method, layers=args.layers, memory=memory, tokens_per_batch=args.tokens_per_batch,
-        dtype=DTYPES.get(args.dtype), tokenizer=_tokenizer(args.tokenizer) if args.tokenizer else None, **where,
+        source_of(args.model), method=args.method, layers=args.layers, memory=memory,
+        tokens_per_batch=args.tokens_per_batch, dtype=DTYPES.get(args.dtype),
+        tokenizer=_tokenizer(args.tokenizer) if args.tokenizer else None, **where,
     )  # fmt: skip
     for finding in found:
         print(finding)

@@ -90,6 +90,14 @@ def pretrained_folder(name: str) -> Path:
     return folder
 
 
+def source_of(name: str) -> str:
+    """The folder of a fetched model for its name ("smollm2"); any other name, folder or file as it is.
+
+    Raises DataError "not available here" for a model that has to be fetched first.
+    """
+    return str(pretrained_folder(name)) if name in PRETRAINED else name
+
+
 def description_of(name: str) -> Path:
     """The file in the model's folder that says, with hashes, what it was made of; it is missing where the model is.
 

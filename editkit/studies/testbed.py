@@ -31,7 +31,7 @@ from ..locate.moments import Covariance, second_moment
 from ..models.facts import Fact
 from ..models.joining import join
 from ..models.lm import LM, load_lm
-from ..models.pretrained import PRETRAINED, pretrained_folder
+from ..models.pretrained import PRETRAINED, source_of
 from .arms import options_of
 from .real import known, sample
 
@@ -46,7 +46,7 @@ def open_model(name: str, **options: Any) -> LM:
     """
     if name == "companion":
         return load_companion()
-    return load_lm(str(pretrained_folder(name)) if name in PRETRAINED else name, **options)
+    return load_lm(source_of(name), **options)
 
 
 @dataclasses.dataclass(frozen=True)

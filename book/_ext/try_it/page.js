@@ -263,7 +263,7 @@
   const small = (x) => (x >= 0.1 ? x.toFixed(2) : x < 1e-5 ? "0" : Number(x.toPrecision(2)).toString());
   function list(rows, by, title) {
     const top = [...rows].sort((a, b) => b[by] - a[by]).slice(0, 8), n = rows.length;
-    table.replaceChildren(el("table.ek-try-movers", {}, el("caption", {}, `The eight facts ${title}`),
+    table.replaceChildren(el("table.ek-try-movers", {}, el("caption", {}, `The eight facts ${title}. Columns: rank by each forecast; moved: change of the answer's log-probability (nats per token).`),
       el("thead", {}, el("tr", {}, ["fact", "whitened keys", "CLaRE", "moved"].map((t) => el("th", { scope: "col" }, t)))),
       el("tbody", {}, top.map((r) => el("tr", {}, el("td", {}, r.statement.prompt + " ", el("b", {}, r.statement.answer), r.after && r.before.holds && !r.after.holds ? " ✕ lost" : ""),
         el("td.num", {}, `${r.whitenedRank} of ${n}`), el("td.num", {}, `${r.clareRank} of ${n}`),
