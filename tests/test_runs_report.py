@@ -59,7 +59,8 @@ def test_everything_lands_in_the_results(run, frame):
     results = json.loads((run.directory / "results.json").read_text())
     assert results["parameters"] == {"n": 3}
     assert results["values"]["memit.efficacy"] == {
-        "value": 0.98765, "lo": 0.9, "hi": 1.0, "n": 100, "unit": "", "note": "ROME", "fmt": ".1%", "kind": "exact",
+        "value": 0.98765, "lo": 0.9, "hi": 1.0, "n": 100, "unit": "", "note": "ROME protocol", "fmt": ".1%",
+        "kind": "exact",
     }  # fmt: skip
     assert results["timings"]["edit"] >= 0
     assert pd.read_csv(run.directory / results["tables"]["scores"]["file"]).equals(frame)
