@@ -193,6 +193,8 @@ def test_misspelt_and_mistyped_parameters_are_refused(project, given, message):
         (template(parameters="n: int = 1 + 1  # not a literal"), "literal"),
         (template(parameters="n, m = 1, 2"), "cannot read the declaration 'n, m"),
         (template(parameters="n = 1"), "cannot read the declaration 'n = 1'"),
+        (template(body=(*BODY, "n = n or 3")), r"a later cell assigns the parameter \['n'\]"),
+        (template(body=(*BODY, "for n in [1]: pass")), r"assigns the parameter \['n'\]"),
         (template(body=BODY[:2]), r"the call .finish\(\)"),
         (template(body=BODY[2:]), "the call start"),
     ],
@@ -201,6 +203,11 @@ def test_unusable_notebooks_are_refused(notebook, message):
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     with pytest.raises(ConfigError, match=message):
         nb.check_notebook(notebook, "demo.ipynb")
+
+
+def test_names_of_inner_scopes_are_free():
+    body = "[n for n in [1]]\ndef f(n):\n    n = 2\nx = lambda n: n"
+    assert nb.check_notebook(template(body=(*BODY, body)), "demo.ipynb")
 
 
 def test_unreadable_notebooks_are_named(tmp_path):

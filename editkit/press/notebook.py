@@ -140,7 +140,27 @@ def check_notebook(notebook: nbformat.NotebookNode, name: str) -> dict[str, Decl
     for call in ("start(globals()", ".finish()"):
         if call not in code:
             raise ConfigError(f"{name}: no cell has the call {call}; see book/contributing/notebooks.md")
+    tagged = [TAG in c.metadata.get("tags", ()) for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+    for text, is_parameters in zip(cells_code(notebook), tagged, strict=True):
+        if changed := set() if is_parameters else _assigned(text) & declared.keys():
+            raise ConfigError(f"{name}: a later cell assigns the parameter {sorted(changed)}; give it another name")
     return declared
+
+
+def _assigned(text: str) -> set[str]:
+    """Names that a cell assigns outside of functions, classes and comprehensions."""
+    own = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.comprehension)
+    try:
+        queue: list[ast.AST] = [ast.parse(text)]
+    except SyntaxError:  # a line for the shell
+        return set()
+    found = set()
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        queue += [child for child in ast.iter_child_nodes(node) if not isinstance(child, own)]
+    return found
 
 
 def cells_code(notebook: nbformat.NotebookNode) -> list[str]:
