@@ -7,8 +7,6 @@ To use an architecture that is not in the table, write an `ArchSpec` and pass it
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
@@ -25,20 +23,10 @@ from .architectures import ARCHITECTURES, ArchSpec
 from .batching import Encoding, PaddingSide, padded, token_rows
 from .gguf import is_gguf, read_gguf
 from .hooks import check_not_compiled, hidden, submodule
+from .identity import check_plain, check_resident, fingerprint_of, hash_of
 from .preflight import check_config, check_source
 
 __all__ = ["ARCHITECTURES", "LM", "ArchSpec", "Encoding", "hidden", "load_lm"]
-
-
-# Config values that decide what the weights compute and mean the same in every transformers release; the
-# whole config would tie a fingerprint to one release, because keys with default values come and go.
-_IDENTITY = (
-    "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim",
-    "hidden_act", "activation_function", "hidden_activation", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
-    "norm_eps", "norm_epsilon", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_dim",
-    "sliding_window", "layer_types", "attention_types", "window_size", "no_rope_layers", "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx", "use_parallel_residual", "clip_qkv",
-)  # fmt: skip
 
 
 class LM:
@@ -199,40 +187,24 @@ class LM:
         """Keep hashes of parameters before their first edit, so that `edited` can tell whether they carry one."""
         for name in names:
             if name not in self._unedited:
-                self._unedited[name] = _hash(self.parameter(name))
+                self._unedited[name] = hash_of(self.parameter(name))
 
     def edited(self) -> list[str]:
         """Parameters that differ from what they were before their first edit through this object."""
-        return [name for name, value in self._unedited.items() if _hash(self.parameter(name)) != value]
+        return [name for name, value in self._unedited.items() if hash_of(self.parameter(name)) != value]
 
     def fingerprint(self, exclude: Collection[str] = ()) -> str:
         """sha256 (hex) of the function the model computes, but for the parameters in `exclude`.
 
         It sees the config values that compute, the names, shapes, dtypes and values of parameters and buffers,
         and the state of adapter layers. Buffers that a checkpoint does not hold follow from the config. The
-        values are read on every call (`_same` says cheaply whether a hash still holds), so that it can never be
+        values are read on every call (`identity` says cheaply whether a hash still holds), so that it can never be
         that of an earlier state of the model. The same weights in another dtype are another model.
 
         Raises ModelError in training mode, whose passes are random, and for weights that are not in memory.
         """
         self.check_ready()
-        digest = hashlib.sha256()
-        config = {key: getattr(self.model.config, key, None) for key in _IDENTITY}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        digest.update(json.dumps(_adapters(self.model), default=str).encode())
-        persistent = self.model.state_dict().keys()
-        buffers = [(n, b) for n, b in self.model.named_buffers() if n in persistent]
-        for name, value in sorted([*self.model.named_parameters(), *buffers], key=lambda item: item[0]):
-            if name not in exclude:
-                check_resident(name, value)
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype} {self._hash(name, value)}".encode())
-        return digest.hexdigest()
-
-    def _hash(self, name: str, value: Tensor) -> str:
-        key = _same(value)
-        if key is None or name not in self._hashes or self._hashes[name][0] != key:
-            self._hashes[name] = (key or (), _hash(value))
-        return self._hashes[name][1]
+        return fingerprint_of(self.model, self._hashes, exclude)
 
     def check_ready(self) -> None:
         """Raise ModelError in training mode, where dropout makes every pass another one, and for a model that was
@@ -368,57 +340,6 @@ class LM:
                 f"the padding token {tok.pad_token!r} has number {tok.pad_token_id}, {self.name} embeds {size} tokens; "
                 "set tokenizer.pad_token = tokenizer.eos_token, or resize the embeddings first"
             )
-
-
-def _hash(value: Tensor) -> str:
-    return hashlib.sha256(
-        value.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
-    ).hexdigest()
-
-
-def _same(value: Tensor) -> tuple | None:
-    """Equal for equal values, and in practice for no others: sums of the bits over rows and columns, weighted.
-
-    Several times faster than sha256, on the tensor's own device; versions alone miss writes through `.data`.
-    None for a tensor whose rows are not whole 64-bit words (hashed anew each time).
-    """
-    value = value.detach()
-    if value.ndim < 2 or not value.is_contiguous() or value.shape[-1] * value.element_size() % 8:
-        return None
-    bits = value.flatten(0, -2).view(torch.int64)
-    sums = []
-    for part in (bits.sum(0), bits.sum(1)):
-        weights = torch.arange(1, len(part) + 1, device=part.device) * 0x9E3779B97F4A7C1 + 1
-        sums.append(int((part * weights).sum()))
-    return (*value.shape, value.dtype, *sums)
-
-
-def _adapters(model: nn.Module) -> list:
-    """What decides beside the weights how adapter layers of peft compute; empty for a model without."""
-    states = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    return [
-        [name, *(getattr(module, state, None) for state in states)]
-        for name, module in model.named_modules() if hasattr(module, "active_adapters") and hasattr(module, "scaling")
-    ]  # fmt: skip
-
-
-def check_resident(name: str, value: Tensor) -> None:
-    """Raise ModelError for an offloaded weight: what is written to it would be lost."""
-    if value.is_meta:
-        raise ModelError(
-            f"{name} is not in memory (offloaded, device 'meta'), so it cannot be read or written; load the model "
-            "whole: on a larger device, on the CPU (device_map=None), or with dtype=torch.bfloat16"
-        )
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raise ModelError for compiled models, whose hooks do not run, and wrapped ones."""
-    check_not_compiled(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        raise ModelError(
-            "the model is wrapped by peft, which hides and freezes its weights; merge the adapter first: "
-            "load_lm(peft_model.merge_and_unload())"
-        )
 
 
 def _short_name(source: str) -> str:
