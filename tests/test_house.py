@@ -73,8 +73,8 @@ def test_old_places_forward_and_name_the_new_one(old):
 def test_old_imports_give_the_same_objects():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        from editkit.methods.weights.rome import ROME as old
         from editkit.corpora.world import load_world as old_world
+        from editkit.methods.weights.rome import ROME as old
 
     from editkit.corpora.world import load_world
     from editkit.methods.weights.rome import ROME

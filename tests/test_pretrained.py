@@ -19,9 +19,8 @@ from conftest import make_tokenizer
 from editkit import cli
 from editkit.base.downloads import DOWNLOADS_ENV, sha256_of
 from editkit.base.errors import DataError, ModelError
-from editkit.models.lm import pretrained
 from editkit.models.gguf import read_gguf
-from editkit.models.lm import load_lm
+from editkit.models.lm import load_lm, pretrained
 from editkit.press.study import RunSpec, how_to_get, missing_files
 from editkit.studies import testbed
 

@@ -334,7 +334,7 @@ class RunResults(Base):
             made.append(nodes.paragraph("", "What came out: " + " ".join(sidecar["says"])))
         if sidecar["values"]:
             body = [
-                [[nodes.literal("", key)], format_value(v), f"{v['n']:,}" if v["n"] is not None else "", coded(v["note"])]
+                [[nodes.literal("", key)], format_value(v), "" if v["n"] is None else f"{v['n']:,}", coded(v["note"])]
                 for key, v in sidecar["values"].items()
             ]  # fmt: skip
             made.append(make_table(["key", "value", "n", "note"], body))

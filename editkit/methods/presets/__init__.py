@@ -4,7 +4,8 @@
     editor = make_editor("memit", lm, preset="auto", statistics=...)    # by the model's shape
 
 One TOML file per model. A value is "published" for this model and method, "swept": chosen by this book's own sweep on
-the model, or "inherited": taken over from another model's or method's file, and not tuned. Options of editors, of hypernetworks and of their training are apart:
+the model, or "inherited": taken over from another model's or method's file, and not tuned. Options of editors, of
+hypernetworks and of their training are apart:
 
     [[editor.memit]]      options of make_editor("memit")
     [[network.horse]]     options of hypernet.make_hypernetwork("horse")

@@ -31,7 +31,7 @@ def predictors(result: pd.DataFrame, names: Sequence[str], arms: Sequence[str]) 
         part, color = result[result.editor == arm].set_index("predictor").loc[names], _color(arm)
         y = np.arange(len(names)) + (k - (len(arms) - 1) / 2) * step
         xerr = [part.pooled - part.lo, part.hi - part.pooled]
-        ax.errorbar(part.pooled, y, xerr=xerr, fmt="o" if arm in SINGLE else "s", color=color, markersize=4, linewidth=1.2,
+        ax.errorbar(part.pooled, y, xerr=xerr, fmt="o" if arm in SINGLE else "s", color=color, ms=4, lw=1.2,
                     mfc=color if arm in SINGLE else "none", label=_label(arm))  # fmt: skip
     ax.set_yticks(range(len(names)), [PREDICTORS[p].label for p in names])
     ax.invert_yaxis()
