@@ -18,7 +18,9 @@ from editkit.linear.spread import spread
 from editkit.methods.hypernet import RidgeSystem, RowMemory, Trainer, encode_pairs, make_hypernetwork
 from editkit.methods.hypernet.data import Draw, answer_logits
 from editkit.methods.hypernet.normalizer import RunningMoments
+from editkit.methods.hypernet.rledit import Walk
 from editkit.methods.hypernet.sites import edited, find_sites, oriented
+from editkit.models.hooks import submodule
 
 EDITS = [
     ("The mother tongue of Ana Silva is", "French German"),
@@ -309,3 +311,76 @@ def test_labels_are_what_the_scorer_reads():
         scored = score_targets(lm, list(batch.pairs))
         expected = np.concatenate([s.logprobs for s in scored])
         np.testing.assert_allclose(said.detach().numpy(), expected, atol=1e-5)
+
+
+class _OtherBackward(torch.autograd.Function):
+    """x W_now^T whose gradient in x goes through W_then."""
+
+    @staticmethod
+    def forward(ctx, x, now, then):
+        ctx.save_for_backward(x, then)
+        return x @ now.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, then = ctx.saved_tensors
+        return g @ then, g.flatten(0, -2).T @ x.flatten(0, -2), None
+
+
+def test_the_released_locality_goes_back_through_the_unedited_weights():
+    """As published: KL against the model before the batch, its gradient behind the shift's removal."""
+    lm = make_lm("llama")
+    lm.model.double()
+    net, trainer, _ = trained_start(lm, "rledit", n_blocks=1, loc_coef=0.6, training="released", reg=5.0)
+    start = {s.weight_name: lm.parameter(s.weight_name).detach().clone() for s in net.sites}
+    far = encode_pairs(lm, FAR, 2)
+    with Walk(trainer, [(encode_pairs(lm, OTHERS, 2), far)]) as walk:
+        found = walk.batch(rows_of(lm, net))
+    assert all(torch.equal(lm.parameter(k), W) for k, W in start.items())
+    now = {
+        s.path: (start[s.weight_name] + oriented(lm, s, S)).requires_grad_()
+        for s, S in zip(net.sites, found.plan.shifts, strict=True)
+    }
+
+    def loss(behind):
+        """CE on the edited weights + 0.6 KL with the backward weights `behind`, by hooks on the edited modules."""
+        total = 0.0
+        for batches, then in ((encode_pairs(lm, OTHERS, 2), now), (far, behind)):
+            for b in batches:
+                before = log_softmax(lm.model(**b.inputs).logits[b.asked], -1).detach()
+                hooks = [
+                    submodule(lm.model, path).register_forward_hook(
+                        lambda _, args, out, W=W, path=path, then=then: _OtherBackward.apply(
+                            args[0], W, then[path].detach()
+                        )
+                    )
+                    for path, W in now.items()
+                ]
+                said = log_softmax(lm.model(**b.inputs).logits[b.asked], -1)
+                for hook in hooks:
+                    hook.remove()
+                if batches is far:
+                    total = total + 0.6 * (before.exp() * (before - said)).sum(-1).mean()
+                else:
+                    total = total - said.gather(-1, b.targets[:, None]).mean()
+        return torch.autograd.grad(total, list(now.values()))
+
+    published = loss({s.path: start[s.weight_name] for s in net.sites})
+    for G, theirs in zip(found.grads, published, strict=True):
+        assert float((G - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max())  # its RMSNorm is float32
+    true = loss(now)
+    assert float((true[0] - published[0]).abs().max()) > 1e-4 * float(true[0].abs().max())
+    norm = sum(float(p.grad.square().sum()) for p in net.parameters()) ** 0.5
+    assert norm <= trainer.config.max_grad_norm * (1 + 1e-6)  # clipped after the batch, not at the end
+
+
+@pytest.mark.parametrize(("training", "learns"), [("exact", set()), ("released", {"B", "bias"})])
+def test_a_fresh_block_learns_only_with_a_slope_at_zero(training, learns):
+    """B and bias start at 0, so that every pre-activation is exactly 0: the slope there decides."""
+    lm = make_lm()
+    net = make_hypernetwork("rledit", lm, layers=[0, 1], rank=3, n_blocks=1, lr=0.05, training=training)
+    trainer = Trainer(lm, net, [], {"batch_size": 2})
+    with Walk(trainer, [(encode_pairs(lm, OTHERS, 2), encode_pairs(lm, FAR, 2))]) as walk:
+        walk.batch(rows_of(lm, net))
+    moved = {k.rpartition(".")[2] for k, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"lr", "log_ridge", "shift"} | learns

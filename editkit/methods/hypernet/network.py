@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -35,6 +35,7 @@ from .normalizer import Moments, RunningMoments
 from .sites import Site, find_sites
 
 _FORMAT = "editkit-hypernetwork-1"
+Activation = Callable[[Tensor], Tensor]
 
 
 class Rows(Protocol):
@@ -72,10 +73,17 @@ class HyperConfig(Config):
 
 
 class Block(nn.Module):
-    """One low-rank residual block; the identity at the start, because B, bias and shift are zero."""
+    """One low-rank residual block; the identity at the start, because B, bias and shift are zero.
 
-    def __init__(self, size: int, rank: int, n_sites: int, generator: torch.Generator) -> None:
+    activation: max(x, 0) with a choice of slope at 0, where all of a fresh network is.
+    """
+
+    def __init__(
+        self, size: int, rank: int, n_sites: int, generator: torch.Generator,
+        activation: Activation = torch.relu,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.activation = activation
         self.A = nn.Parameter(torch.randn(size, rank, generator=generator))
         self.B = nn.Parameter(torch.zeros(rank, size))
         self.bias = nn.Parameter(torch.zeros(size))
@@ -83,18 +91,21 @@ class Block(nn.Module):
         self.shift = nn.Parameter(torch.zeros(n_sites, size))
 
     def forward(self, x: Tensor, site: int) -> Tensor:
-        return x + self.scale[site] * torch.relu(x @ self.A @ self.B + self.bias) + self.shift[site]
+        return x + self.scale[site] * self.activation(x @ self.A @ self.B + self.bias) + self.shift[site]
 
 
 class ShapeNet(nn.Module):
     """The network of all modules of one shape. `site` is the index of a module inside its shape."""
 
-    def __init__(self, d: int, m: int, n_sites: int, config: HyperConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self, d: int, m: int, n_sites: int, config: HyperConfig, generator: torch.Generator,
+        activation: Activation = torch.relu,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.d, self.m = d, m
         self.normalizer = RunningMoments(d + m, config.moments)
         self.blocks = nn.ModuleList(
-            Block(d + m, config.rank, n_sites, generator) for _ in range(config.n_blocks)
+            Block(d + m, config.rank, n_sites, generator, activation) for _ in range(config.n_blocks)
         )
         self.lr = nn.Parameter(torch.full((n_sites,), config.lr))
         self.log_ridge = nn.Parameter(torch.zeros(n_sites))
@@ -143,8 +154,9 @@ class Hypernetwork(nn.Module):
             self._index.append(count.setdefault(site.shape, 0))
             count[site.shape] += 1
         size = {site.shape: (site.d, site.m) for site in self.sites}
+        act = self.activation()
         self.nets = nn.ModuleDict(
-            {shape: ShapeNet(*size[shape], n, self.config, generator) for shape, n in count.items()}
+            {shape: ShapeNet(*size[shape], n, self.config, generator, act) for shape, n in count.items()}
         )
         self.to(lm.device(0))
 
@@ -154,6 +166,10 @@ class Hypernetwork(nn.Module):
 
     def check(self) -> None:
         """Raise an EditkitError if config and sites do not fit."""
+
+    def activation(self) -> Activation:
+        """The non-linearity of the blocks."""
+        return torch.relu
 
     @abstractmethod
     def plan(self, rows: Rows) -> Plan:

@@ -46,8 +46,8 @@ from .data import (
 from .meta import Pass, mean, weight_gradients
 from .network import Hypernetwork, Rows
 from .prefix import StateMemory, entering
-from .rledit import RLEdit
-from .sites import add_shifts, edited, weights
+from .rledit import RLEdit, Walk
+from .sites import edited
 
 _FORMAT = "editkit-hypertraining-1"
 Locality = Literal["kl", "cross_entropy"]
@@ -167,43 +167,31 @@ class Trainer:
 
     def sequence(self, draws: Sequence[Draw]) -> tuple[float, float]:
         """RLEdit's step: a sequence of batches whose shifts stay in the model until its end."""
-        net, cfg = self.net, self.config
-        start, total = weights(self.lm, net.sites), None
-        memory = RowMemory(self.lm, net.sites, cfg.batch_size, net.config.tokens)
-        references = [self._locality(encode_pairs(self.lm, d.unrelated, cfg.batch_size)) for d in draws]
-        paraphrases = [encode_pairs(self.lm, d.paraphrases, cfg.batch_size) for d in draws]
+        size, tokens = self.config.batch_size, self.net.config.tokens
+        memory = RowMemory(self.lm, self.net.sites, size, tokens)
+        asked = [
+            (encode_pairs(self.lm, d.paraphrases, size), encode_pairs(self.lm, d.unrelated, size))
+            for d in draws
+        ]
         gen, loc = [], []
-        try:
-            for t, seen in enumerate(draws):
+        with Walk(self, asked) as walk:
+            for seen in draws:
                 memory.clear()
-                rows = memory.take(seen.edits)
-                net.observe(rows)
-                plan = net.plan(rows)
-                total = (
-                    plan.shifts if total is None else [a + b for a, b in zip(total, plan.shifts, strict=True)]
-                )
-                add_shifts(self.lm, net.sites, start, total)
-                losses = []
-                for back in range(min(t + 1, net.config.depth)):
-                    weight = net.config.decay**back
-                    losses += [(weight, self._entered(cross_entropy, b)) for b in paraphrases[t - back]]
-                grads, values = weight_gradients(self.lm, net, losses + references[t])
-                plan.backward(
-                    [G.to(S) + 2 * net.config.reg * S for G, S in zip(grads, plan.shifts, strict=True)]
-                )
-                gen.append(mean(values[: len(paraphrases[t])]))
-                loc.append(mean(values[len(losses) :]))
-        finally:
-            with torch.no_grad():
-                for site, W in zip(net.sites, start, strict=True):
-                    self.lm.parameter(site.weight_name).copy_(W)
+                found = walk.batch(memory.take(seen.edits))
+                gen.append(mean(found.generalization[: len(asked[len(gen)][0])]))
+                loc.append(mean(found.locality))
         return mean(gen), mean(loc)
 
-    def update(self) -> float:
-        """Clip the gradients, step Adam; returns the norm before clipping."""
+    def clip(self) -> float:
+        """Clip the gradients; returns their norm before it."""
         norm = float(torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.max_grad_norm))
         if norm != norm or norm == float("inf"):
             raise NumericsError(f"the gradient of the hypernetwork is {norm}; lower lr or raise the ridge")
+        return norm
+
+    def update(self) -> float:
+        """Clip the gradients, step Adam; returns the norm before clipping."""
+        norm = self.clip()
         self.optimizer.step()
         return norm
 

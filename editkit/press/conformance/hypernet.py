@@ -20,27 +20,27 @@ from .case import CannotHandle, Case, Comparison, adapter, compare, compare_equa
 _RENAMED = {"lamda.weight": "log_ridge", "lr.weight": "lr"}
 
 
-def _shape_key(name: str) -> str:
+def shape_key(name: str) -> str:
     """ "(128, 32)" -> "128x32"."""
     return "x".join(part.strip() for part in name.strip("()").split(","))
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
     """ "(128, 32).lamda.weight" -> "nets.128x32.log_ridge"."""
     shape, _, rest = name.partition(".")
-    return f"nets.{_shape_key(shape)}.{_RENAMED.get(rest, rest.removesuffix('.weight'))}"
+    return f"nets.{shape_key(shape)}.{_RENAMED.get(rest, rest.removesuffix('.weight'))}"
 
 
-def _recorded_net(case: Case, prefix: str) -> dict[str, Tensor]:
+def recorded_net(case: Case, prefix: str) -> dict[str, Tensor]:
     """A recorded state dictionary under the names of `Hypernetwork`."""
     out = {}
     for name in (k for k in case.arrays if k.startswith(prefix)):
-        own, value = _renamed(name.removeprefix(prefix)), torch.from_numpy(case.arrays[name])
+        own, value = renamed(name.removeprefix(prefix)), torch.from_numpy(case.arrays[name])
         out[own] = value[:, 0] if own.endswith((".lr", ".log_ridge")) else value
     return out
 
 
-def _put(net: Hypernetwork, found: dict[str, Tensor]) -> None:
+def put_network(net: Hypernetwork, found: dict[str, Tensor]) -> None:
     """Load a recorded state; the recorded normaliser has var (the sum of squares), std and n."""
     own = net.state_dict()
     for name, value in found.items():
@@ -50,11 +50,11 @@ def _put(net: Hypernetwork, found: dict[str, Tensor]) -> None:
     net.load_state_dict(own)
 
 
-def _batches(case: Case, step: str, kind: str, device) -> list[TupleBatch]:
+def recorded_batches(case: Case, step: str, kind: str, device, infix: str = "tuples_") -> list[TupleBatch]:
     """Recorded batches of one kind ("edit", "equiv", "unrel")."""
     out: list[TupleBatch] = []
-    while f"{step}_{kind}_tuples_{len(out)}_input_ids" in case.arrays:
-        name = f"{step}_{kind}_tuples_{len(out)}_"
+    while f"{step}_{kind}_{infix}{len(out)}_input_ids" in case.arrays:
+        name = f"{step}_{kind}_{infix}{len(out)}_"
         ids, mask, labels = (
             torch.from_numpy(case.arrays[name + part]).to(device)
             for part in ("input_ids", "attention_mask", "labels")
@@ -82,14 +82,14 @@ def hypernetwork(case: Case) -> list[Comparison]:
     lm = case.load_model()
     editor = case.data["config"]["editor"]
     net = _network(case, lm)
-    _put(net, _recorded_net(case, "net0:"))
+    put_network(net, recorded_net(case, "net0:"))
     horse = case.method == "horse"
     config = {
         "meta_lr": editor["meta_lr"], "max_grad_norm": editor["max_grad_norm"],
         "loc_coef": 1.0 if horse else editor["loc_coef"], "locality": "cross_entropy" if horse else "kl",
     }  # fmt: skip
     trainer = Trainer(lm, net, [], config)
-    out = [compare_equal("networks", sorted(net.nets), sorted(_shape_key(k) for k in case.data["net_keys"]))]
+    out = [compare_equal("networks", sorted(net.nets), sorted(shape_key(k) for k in case.data["net_keys"]))]
     number = 0
     while f"step{number}" in case.data:
         out += _compare_step(case, lm, net, trainer, number)
@@ -105,7 +105,7 @@ def _compare_step(case: Case, lm, net: Hypernetwork, trainer: Trainer, number: i
     def near(name: str, ours, recorded, tolerance: float) -> None:
         out.append(compare(f"{step}_{name}", ours, recorded, tolerance, relative=True))
 
-    edits = _batches(case, step, "edit", device)
+    edits = recorded_batches(case, step, "edit", device)
     rows = join([collect(lm, net.sites, batch, net.config.tokens) for batch in edits])
     recorded: list[tuple[Tensor, Tensor]] = []
     for i in range(len(net.sites)):
@@ -121,9 +121,9 @@ def _compare_step(case: Case, lm, net: Hypernetwork, trainer: Trainer, number: i
     # Further on from the recorded rows, so that rounding of the language model is not counted twice.
     rows = EditRows([k for k, _ in recorded], [g for _, g in recorded], rows.parts)
     trainer.optimizer.zero_grad(set_to_none=True)
-    unrelated = _batches(case, step, "unrel", device)
-    found = trainer.accumulate(rows, _batches(case, step, "equiv", device), unrelated)
-    for name, value in _recorded_net(case, f"{step}_after_cache:").items():
+    unrelated = recorded_batches(case, step, "unrel", device)
+    found = trainer.accumulate(rows, recorded_batches(case, step, "equiv", device), unrelated)
+    for name, value in recorded_net(case, f"{step}_after_cache:").items():
         shape, _, part = name.removeprefix("nets.").partition(".normalizer.")
         own = net.nets[shape].normalizer
         near(
@@ -166,15 +166,15 @@ def _compare_step(case: Case, lm, net: Hypernetwork, trainer: Trainer, number: i
 
     # The optimiser alone, from the recorded gradients: Adam's first steps amplify rounding without limit.
     parameters = dict(net.named_parameters())
-    without = {_renamed(name) for name in told["params_without_grad"]}
+    without = {renamed(name) for name in told["params_without_grad"]}
     found_without = {k for k, p in parameters.items() if p.grad is None}
     out.append(compare_equal(f"{step} without gradient", found_without, without))
-    for name, value in _recorded_net(case, f"{step}_netgrad_preclip:").items():
+    for name, value in recorded_net(case, f"{step}_netgrad_preclip:").items():
         parameters[name].grad = value.to(parameters[name])
     near("grad_norm_preclip", trainer.update(), told["grad_norm_preclip"], 1e-5)
-    after = _recorded_net(case, f"{step}_net_after:")
+    after = recorded_net(case, f"{step}_net_after:")
     out += [compare(f"{step} after {k}", parameters[k].detach(), v, 2e-6) for k, v in after.items()]
-    _put(net, after)
+    put_network(net, after)
     return out
 
 
@@ -184,5 +184,5 @@ def _compare_gradients(
     parameters = dict(net.named_parameters())
     return [
         compare(f"{step} {what}gradient {k}", parameters[k].grad, v, tolerance, relative=True)
-        for k, v in _recorded_net(case, f"{step}_netgrad_preclip:").items()
+        for k, v in recorded_net(case, f"{step}_netgrad_preclip:").items()
     ]
