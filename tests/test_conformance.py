@@ -139,10 +139,9 @@ def test_verbose_lists_every_comparison(copy, capsys):
 
 def test_a_missing_folder_is_an_error_of_its_own(tmp_path, capsys):
     assert run(tmp_path / "nothing", capsys=capsys)[0] == 2
-    assert run(tmp_path, capsys=capsys) == (
-        0,
-        [conformance.runner.format_header(20), "0 passed, 0 failed, 0 skipped"],
-    )
+    code, lines = run(tmp_path, capsys=capsys)
+    assert code == 0 and lines[-1] == "0 passed, 0 failed, 0 skipped"
+    assert [line.split()[0] for line in lines[1:-1]] == ["agreed", "not", "failed"]
 
 
 @pytest.mark.parametrize("ours, recorded, passed", [

@@ -235,5 +235,5 @@ def test_the_notebook_of_the_gpu_study_runs_at_a_tiny_shape(tmp_path, monkeypatc
         run, methods = scope["run"], spec.parameters.get("methods", list(METHODS))
         assert run.tables["methods"]["rows"] == len(methods)
         for method in methods:
-            assert run.values[f"{method}.thousand"]["value"] > 0 and run.values[f"{method}.peak"]["value"] > 0
-        assert run.values["device"]["value"] == "CPU"
+            assert run.numbers[f"{method}.thousand"]["value"] > 0 and run.numbers[f"{method}.peak"]["value"] > 0
+        assert run.numbers["device"]["value"] == "CPU"

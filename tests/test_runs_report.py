@@ -368,3 +368,14 @@ def test_long_log_axes_and_own_ticks_stay():
     found = [[t.get_text() for t in axes.get_yticklabels()] for axes in (long, own)]
     plt.close(fig)
     assert any("10^{6}" in t for t in found[0]) and found[1] == ["one", "four"]
+
+
+def test_an_outline_is_told_in_words():
+    from editkit.press.describe import describe
+
+    fig, (left, right) = plt.subplots(1, 2)
+    left.stairs([1, 3, 2], [0, 1, 2, 3])
+    right.hist([1.0, 2.0, 2.1, 4.0], 3, histtype="step", label="probes")
+    said = describe(fig)
+    plt.close(fig)
+    assert "highest at 1.5" in said and "probes over 1 to 4" in said

@@ -251,8 +251,9 @@ class LM:
         tensors = self.pad(rows, padding_side)
         offsets = None
         if spans is not None:
-            offsets = torch.zeros(*tensors["input_ids"].shape, 2, dtype=torch.long)
-            offsets[tensors["attention_mask"].bool()] = torch.tensor([x for row in spans for x in row])
+            text = tensors["attention_mask"].bool().cpu()
+            offsets = torch.zeros(*text.shape, 2, dtype=torch.long)
+            offsets[text] = torch.tensor([x for row in spans for x in row])
         return Encoding(tensors, texts, offsets, padding_side).to(self.device())
 
     def pad(self, rows: Sequence[Sequence[int]], side: PaddingSide) -> dict[str, Tensor]:

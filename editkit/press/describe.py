@@ -24,7 +24,7 @@ def describe(fig: Figure) -> str:
 def _panel(axes: Axes) -> str:
     if not axes.axison:  # a drawing: positions in it mean nothing
         return ""
-    said = [*_lines(axes), *_bars(axes), *_clouds(axes), *_images(axes)]
+    said = [*_lines(axes), *_bars(axes), *_clouds(axes), *_steps(axes), *_images(axes)]
     if not said:
         return ""
     names = [axes.get_title(loc) for loc in ("left", "center", "right")]
@@ -64,6 +64,24 @@ def _lines(axes: Axes) -> list[str]:
     if dots:
         x, y = np.concatenate(dots).T
         said.append(f"{len(x)} points {_span(y)} at {_span(x)}")
+    return said
+
+
+def _steps(axes: Axes) -> list[str]:
+    """Histograms drawn as outlines: where each is highest, and between which values it has any height."""
+    from matplotlib.patches import Polygon, StepPatch
+
+    said = []
+    for i, patch in enumerate(p for p in axes.patches if isinstance(p, StepPatch | Polygon)):
+        if isinstance(patch, StepPatch):
+            heights, edges, _ = patch.get_data()
+            x = (edges[1:] + edges[:-1]) / 2
+        else:
+            x, heights = patch.get_xy().T
+        drawn = np.isfinite(heights) & (heights > 0)
+        if drawn.any():
+            top = x[drawn][heights[drawn].argmax()]
+            said.append(f"{_named(patch.get_label(), i, 'outline')} over {_span(x[drawn])}, highest at {top:.3g}")
     return said
 
 
