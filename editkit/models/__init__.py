@@ -1,6 +1,6 @@
 """The model and its facts: loading, the architecture table, hooks, batches, token positions, requests and prompts.
 
-    from editkit.models.lm import LM, Fact, Probe, load_lm
+    from editkit.models import LM, Fact, Probe, load_lm
 
 May import `base`.
 """
